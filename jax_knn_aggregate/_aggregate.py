@@ -1,0 +1,196 @@
+"""The aggregate families: features, weights and distances of given neighbours, differentiable to any order.
+
+    x = (q, p, f, *metric parameters),  aux = (idxs,),  y = (f_out, w_out, dists)
+
+``idxs`` outside [0, P) mean "no neighbour": w 0, dist +inf, no contribution, zero derivatives. The derivation of the
+derivatives that the kernels compute stands in ``csrc/aggregate/formulas.h``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _ffi
+from ._batch import Shape, fit, size
+from ._family import Family
+from ._metric import ANISOTROPIC, ISOTROPIC, Metric
+
+Struct = jax.ShapeDtypeStruct
+Operands = tuple[jax.Array, ...]
+Sparse = tuple[jax.Array | None, ...]
+MaybeStructs = tuple[Struct | None, ...]
+
+
+def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, ...]:
+    """q (Q,3), p (P,3), f (P,F), parameters (P,...); idxs (Q,K) -> f_out (Q,F), w (Q,K), dists (Q,K)."""
+    (q, p, f, *parameters), (idxs,) = x, aux
+    exists = (idxs >= 0) & (idxs < p.shape[0])
+    # Out of bounds, which the gather fills with zeros and its transpose drops. A clipped index would let a NaN of the
+    # point it names into the derivatives of an empty slot.
+    at = jnp.where(exists, idxs, p.shape[0])
+
+    def take(a: jax.Array) -> jax.Array:
+        return a.at[at].get(mode="fill", fill_value=0)
+
+    d = jnp.where(exists[:, :, None], q[:, None, :] - take(p), jnp.zeros((), q.dtype))
+    taken = [take(a) for a in parameters]
+    dists = metric.distance(d, *taken[: len(metric.search_ndims)])
+    w = jnp.where(exists, jnp.exp(-metric.exponent(dists, *taken)), jnp.zeros((), q.dtype))
+    f_out = jnp.einsum("qk,qkf->qf", w, take(f).astype(w.dtype), precision="highest").astype(f.dtype)
+    return f_out, w, jnp.where(exists, dists, jnp.full((), jnp.inf, q.dtype))
+
+
+# Kernels. Operands in order: x, idxs, then cotangents and tangents that are not zero, then the inverse of idxs where a
+# point's gradient is wanted. Bit masks in the attributes say which are there, and which results are wanted.
+
+
+def _bits(values: Any) -> np.int32:
+    return np.int32(sum(1 << i for i, v in enumerate(values) if v is not None))
+
+
+def _present(*groups: Sparse) -> list[Any]:
+    return [a for group in groups for a in group if a is not None]
+
+
+def _value_kernel(
+    metric: Metric, platform: str, batch: Shape, x: Operands, aux: Operands, results: tuple[Struct, ...]
+) -> Any:
+    target = f"{metric.name}_value"
+    return _ffi.call(target, results)(*x, *aux) if _ffi.available(target, platform) else None
+
+
+def _jvp_kernel(
+    metric: Metric, platform: str, batch: Shape, x: Operands, aux: Operands, dx: Sparse, results: tuple[Struct, ...]
+) -> Any:
+    target = f"{metric.name}_jvp"
+    if not _ffi.available(target, platform):
+        return None
+    return _ffi.call(target, results)(*x, *aux, *_present(dx), along=_bits(dx))
+
+
+def _vjp_kernel(
+    metric: Metric, platform: str, batch: Shape, x: Operands, aux: Operands, ct: Sparse, results: MaybeStructs
+) -> Any:
+    target = f"{metric.name}_vjp"
+    call = functools.partial(_call_with_inverse, target, platform, batch, x, aux)
+    return call(_present(ct), x[1:], results, (), {"outs": _bits(ct), "want_x": _bits(results)})
+
+
+def _vjp_vjp_kernel(
+    metric: Metric,
+    platform: str,
+    batch: Shape,
+    x: Operands,
+    aux: Operands,
+    ct: Sparse,
+    v: Sparse,
+    results: MaybeStructs,
+) -> Any:
+    target = f"{metric.name}_vjp_vjp"
+    want_x, want_ct = results[: len(x)], results[len(x) :]
+    masks = {"outs": _bits(ct), "along": _bits(v), "want_x": _bits(want_x), "want_ct": _bits(want_ct)}
+    call = functools.partial(_call_with_inverse, target, platform, batch, x, aux)
+    return call(_present(ct, v), (*x[1:], *_present(v[1:])), want_x, want_ct, masks)
+
+
+def _call_with_inverse(
+    target: str,
+    platform: str,
+    batch: Shape,
+    x: Operands,
+    aux: Operands,
+    more: list[jax.Array],
+    of_points: Operands,
+    want_x: MaybeStructs,
+    want_ct: MaybeStructs,
+    masks: dict[str, np.int32],
+) -> list[jax.Array] | None:
+    """Calls a kernel whose results may include gradients of points, which sum over all pairs that name the point.
+
+    A kernel gives what belongs to queries with all batch axes in full. What belongs to points it sums over those axes
+    along which nothing but queries and indices vary. Any other sum that is wanted is taken here.
+
+    Args:
+      more: the operands after idxs. masks: attributes of the call.
+      of_points: the operands that belong to points.
+    """
+    if not _ffi.available(target, platform):
+        return None
+    depth, (idxs,) = len(batch), aux
+    wanted = _present(want_x, want_ct)
+    points = _present(want_x[1:])
+    given = [Struct(batch + s.shape[depth:], s.dtype) for s in wanted]
+    scratch = []
+    if points:
+        summed = tuple(
+            idxs.shape[axis] == batch[axis]
+            and all(s.shape[axis] == 1 for s in points)
+            and all(a.shape[axis] == 1 for a in of_points)
+            for axis in range(depth)
+        )
+        inverse = invert(platform, idxs, x[1].shape[-2], summed)
+        if inverse is None:
+            return None
+        more = [*more, *inverse]
+        kept = tuple(1 if s else n for n, s in zip(batch, summed, strict=True))
+        first = sum(s is not None for s in want_x[:1])
+        given[first : first + len(points)] = [Struct(kept + s.shape[depth:], s.dtype) for s in points]
+        # What a query's half of the kernel finds out about each pair and the points' half needs again.
+        scratch = [Struct(batch + idxs.shape[depth:] + (4,), x[0].dtype)]
+    got = _ffi.call(target, [*given, *scratch])(*x, *aux, *more, **masks)
+    return [fit(a, s.shape) for a, s in zip(got[: len(wanted)], wanted, strict=True)]
+
+
+def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> list[jax.Array] | None:
+    """Groups the pairs (query, slot) by the point they name, in a fixed order, so that sums over them need no atomics.
+
+    XLA merges equal calls and drops unused ones: the kernels of one step share one grouping.
+
+    Args:
+      idxs: (*batch, Q, K) int32. Values outside [0, P) belong to no group.
+      summed: for each batch axis, whether pairs from all along it fall into the same groups.
+
+    Returns:
+      order: (*kept, L) int32, pair numbers ordered by (point, pair); L = (product of summed sizes)·Q·K, and a pair's
+        number counts row-major over (*summed axes, Q, K). kept has size 1 along summed axes.
+      offsets: (*kept, P + 1) int32; the pairs of point j are order[offsets[j]:offsets[j + 1]].
+      None where numbers would not fit 32 bits.
+    """
+    depth = len(summed)
+    kept = tuple(1 if s else n for n, s in zip(idxs.shape, summed, strict=False))
+    pairs = size(idxs.shape[depth:]) * size(tuple(n for n, s in zip(idxs.shape, summed, strict=False) if s))
+    if pairs >= 2**31 or size(kept) * (P + 1) >= 2**31:
+        return None
+    results = [Struct((*kept, pairs), jnp.int32), Struct((*kept, P + 1), jnp.int32)]
+    if platform == "cuda":
+        # Keys and pair numbers, each twice, for a radix sort that alternates between buffers (one is the result); and
+        # at most a byte a pair, and a constant, for its histograms. The kernel checks that this suffices.
+        results.append(Struct((13 * size(kept) * pairs + (1 << 21),), jnp.uint8))
+    return list(_ffi.call("invert", results)(idxs)[:2])
+
+
+def _make(metric: Metric) -> Family:
+    kernels = {"value": _value_kernel, "jvp": _jvp_kernel, "vjp": _vjp_kernel, "vjp_vjp": _vjp_vjp_kernel}
+    return Family(
+        metric.name,
+        reference=functools.partial(_reference, metric),
+        x_ndims=(2, 2, 2, *metric.parameter_ndims),
+        aux_ndims=(2,),
+        y_ndims=(2, 2, 2),
+        kernels={role: functools.partial(kernel, metric) for role, kernel in kernels.items()},
+    )
+
+
+_FAMILIES = {metric: _make(metric) for metric in (ANISOTROPIC, ISOTROPIC)}
+
+
+def aggregate(
+    metric: Metric, x: Operands, idxs: jax.Array, implementation: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """f_out (..., Q, F), w_out (..., Q, K) and dists (..., Q, K) for x = (q, p, f, *parameters), idxs (..., Q, K)."""
+    return _FAMILIES[metric](*x, idxs, implementation=implementation)

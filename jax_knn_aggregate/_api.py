@@ -1,0 +1,235 @@
+"""The public functions: what they take, what they return, and nothing of how it is computed.
+
+The distance of query q to point k is ``dist = Σ_i sigma_ki (R_k (q − p_k))_i²`` and its weight ``w = exp(−dist)``:
+sigma multiplies a squared length, so it is a precision, in 1 / length²; there is no ½ and no normalisation. R maps world
+to local and need not be orthonormal; sigma may be any real number. The maths is that of the CUDA extension
+*CUDA-kNN-Aniso-Gaussian-Feature-Aggregation* (2024), with every derivative filled in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _checks
+from ._aggregate import aggregate
+from ._metric import ANISOTROPIC, ISOTROPIC, Metric
+from ._search import search
+
+
+class KnnAggregate(NamedTuple):
+    """What the aggregate calls return. Without a batch axis in the arguments there is none here.
+
+    Attributes:
+      f_out: (B, Q, F), in the dtype of f: Σ_k w_k f_k over the K neighbours.
+      w_out: (B, Q, K): exp(−dist) (isotropic: exp(−sigma·dist)), 0 in empty slots.
+      dists: (B, Q, K): the metric's (squared) distance, +inf in empty slots.
+      idxs: (B, Q, K) int32: indices of the neighbours, −1 in empty slots. No tangent (float0).
+    """
+
+    f_out: jax.Array
+    w_out: jax.Array
+    dists: jax.Array
+    idxs: jax.Array
+
+
+class KnnSearch(NamedTuple):
+    """What the searches return. Without a batch axis in the arguments there is none here.
+
+    Attributes:
+      dists: (B, Q, K) ascending, +inf in empty slots. Differentiable.
+      idxs: (B, Q, K) int32, −1 in empty slots. No tangent (float0).
+    """
+
+    dists: jax.Array
+    idxs: jax.Array
+
+
+def knn_aggregate_aniso(
+    q: Any, p: Any, f: Any, sigma: Any, R: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None
+) -> KnnAggregate:
+    """Sums features of the K nearest points, each point measuring distance in its own metric.
+
+    All arrays may also come without the batch axis B. f_out, w_out and dists are differentiable in q, p, f, sigma and
+    R, to any order, in forward and reverse mode; neighbours are held fixed, as they are almost everywhere.
+
+    Args:
+      q: (B, Q, 3) queries, in units of length.
+      p: (B, P, 3) points.
+      f: (B, P, F) features; float32 calls also take bfloat16 or float16 here, summed in float32.
+      sigma: (B, P, 3) precisions along the local axes, 1 / length²; any real number.
+      R: (B, P, 3, 3) maps world to local, row i being local axis i; need not be orthonormal.
+      K: number of neighbours, a Python integer, 1 <= K <= P.
+      p_lengths: (B,) integers, clipped to [0, P]; points from that index on do not exist. Without batch axis a scalar.
+      implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
+        NotImplementedError where the platform has no kernel.
+
+    Returns:
+      KnnAggregate. Neighbours are the K smallest distances as computed in the input dtype, in ascending order, equal
+      ones by index; +inf comes after all numbers, NaN after +inf, empty slots last.
+
+    Raises:
+      ValueError: for shapes or K out of range. TypeError: for dtypes.
+    """
+    return _aggregate(ANISOTROPIC, q, p, f, {"sigma": sigma, "R": R}, K, p_lengths, implementation)
+
+
+def knn_aggregate(
+    q: Any, p: Any, f: Any, sigma: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None
+) -> KnnAggregate:
+    """Sums features of the K nearest points by Euclidean distance, with weights exp(−sigma·|q − p|²).
+
+    Args:
+      sigma: (B, P, 1) precision of each point, 1 / length²; any real number.
+      The others as in ``knn_aggregate_aniso``.
+
+    Returns:
+      KnnAggregate; its dists are squared Euclidean distances |q − p|², without sigma.
+
+    Raises:
+      ValueError: for shapes or K out of range. TypeError: for dtypes.
+    """
+    return _aggregate(ISOTROPIC, q, p, f, {"sigma": sigma}, K, p_lengths, implementation)
+
+
+def knn_aggregate_aniso_lookup(
+    q: Any,
+    p: Any,
+    f: Any,
+    sigma: Any,
+    R: Any,
+    knn_table: Any,
+    K: int,
+    *,
+    p_lengths: Any = None,
+    implementation: str | None = None,
+) -> KnnAggregate:
+    """As ``knn_aggregate_aniso``, but with neighbours from a table: those of the nearest point by Euclidean distance.
+
+    Args:
+      knn_table: (P, K') or (B, P, K') integers of any dtype, K' >= K, as ``build_knn_table`` makes it; a query takes the
+        first K entries of the row of its nearest point. Entries outside [0, P), or naming a point that does not exist,
+        mean "no neighbour".
+      The others as in ``knn_aggregate_aniso``.
+
+    Returns:
+      KnnAggregate, with neighbours in the order of the table.
+
+    Raises:
+      ValueError: for shapes or K out of range. TypeError: for dtypes.
+    """
+    implementation = _checks.implementation(implementation)
+    (q, p, f, sigma, R), batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
+    P = p.shape[-2]
+    _checks.shape_of("knn_table", knn_table, batch, {"P": P, "K'": None}, may_share=True)
+    K = _checks.neighbours(K, jnp.shape(knn_table)[-1], "the width of knn_table")
+    lengths = _checks.lengths(p_lengths, batch, P)
+    table = _checks.indices("knn_table", knn_table, P)[..., :K]
+    table = jnp.where(table < jnp.reshape(lengths, lengths.shape + (1, 1)), table, jnp.int32(-1))
+    nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation)[..., 0]
+
+    def rows(table: jax.Array, nearest: jax.Array) -> jax.Array:
+        return table.at[nearest].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+
+    for axes in [(None if n == 1 else 0, 0) for n in table.shape[: len(batch)]]:
+        table = table.squeeze(0) if axes[0] is None else table
+        rows = jax.vmap(rows, in_axes=axes)
+    return _result(ANISOTROPIC, (q, p, f, sigma, R), rows(table, nearest), implementation)
+
+
+def knn_aggregate_aniso_precomputed(
+    q: Any, p: Any, f: Any, sigma: Any, R: Any, knn_idxs: Any, *, implementation: str | None = None
+) -> KnnAggregate:
+    """As ``knn_aggregate_aniso``, but for given neighbours, in the order given.
+
+    Args:
+      knn_idxs: (B, Q, K) integers of any dtype; any outside [0, P) mean "no neighbour" and come back as −1.
+      The others as in ``knn_aggregate_aniso``.
+
+    Raises:
+      ValueError: for shapes. TypeError: for dtypes.
+    """
+    implementation = _checks.implementation(implementation)
+    x, batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
+    _checks.shape_of("knn_idxs", knn_idxs, batch, {"Q": x[0].shape[-2], "K": None})
+    idxs = _checks.indices("knn_idxs", knn_idxs, x[1].shape[-2])
+    return _result(ANISOTROPIC, tuple(x), idxs, implementation)
+
+
+def knn_search_aniso(
+    q: Any, p: Any, sigma: Any, R: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None
+) -> KnnSearch:
+    """The K nearest points, each point measuring distance in its own metric. Arguments as in ``knn_aggregate_aniso``.
+
+    Raises:
+      ValueError: for shapes or K out of range. TypeError: for dtypes.
+    """
+    return _search(ANISOTROPIC, q, p, {"sigma": sigma, "R": R}, K, p_lengths, implementation)
+
+
+def knn_search(q: Any, p: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None) -> KnnSearch:
+    """The K nearest points by Euclidean distance; dists are squared. Arguments as in ``knn_aggregate_aniso``.
+
+    Raises:
+      ValueError: for shapes or K out of range. TypeError: for dtypes.
+    """
+    return _search(ISOTROPIC, q, p, {}, K, p_lengths, implementation)
+
+
+def build_knn_table(p: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None) -> jax.Array:
+    """The K nearest points of each point by Euclidean distance: the table that ``knn_aggregate_aniso_lookup`` takes.
+
+    Args:
+      p: (B, P, 3) or (P, 3) points.
+      K, p_lengths, implementation: as in ``knn_aggregate_aniso``.
+
+    Returns:
+      (B, P, K) or (P, K) int32. Ties go to the smaller index, so a point comes first in its own row unless an exact
+      duplicate has a smaller index. Rows of points that do not exist, and empty slots, are −1.
+
+    Raises:
+      ValueError: for shapes or K out of range. TypeError: for dtypes.
+    """
+    implementation = _checks.implementation(implementation)
+    (p,), batch = _checks.arrays(p=p)
+    P = p.shape[-2]
+    K = _checks.neighbours(K, P, "the number of points P")
+    lengths = _checks.lengths(p_lengths, batch, P)
+    idxs = search(ISOTROPIC, p, p, (), lengths, K, implementation)
+    exists = jnp.arange(P, dtype=jnp.int32)[:, None] < jnp.reshape(lengths, lengths.shape + (1, 1))
+    return jnp.where(exists, idxs, jnp.int32(-1))
+
+
+def _aggregate(
+    metric: Metric, q: Any, p: Any, f: Any, parameters: dict[str, Any], K: Any, p_lengths: Any, implementation: Any
+) -> KnnAggregate:
+    implementation = _checks.implementation(implementation)
+    x, batch = _checks.arrays(isotropic=metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
+    P = x[1].shape[-2]
+    K = _checks.neighbours(K, P, "the number of points P")
+    lengths = _checks.lengths(p_lengths, batch, P)
+    idxs = search(metric, x[0], x[1], x[3 : 3 + len(metric.search_ndims)], lengths, K, implementation)
+    return _result(metric, tuple(x), idxs, implementation)
+
+
+def _result(metric: Metric, x: tuple[jax.Array, ...], idxs: jax.Array, implementation: str | None) -> KnnAggregate:
+    return KnnAggregate(*aggregate(metric, x, idxs, implementation), idxs)
+
+
+def _search(
+    metric: Metric, q: Any, p: Any, parameters: dict[str, Any], K: Any, p_lengths: Any, implementation: Any
+) -> KnnSearch:
+    implementation = _checks.implementation(implementation)
+    (q, p, *given), batch = _checks.arrays(q=q, p=p, **parameters)
+    P = p.shape[-2]
+    K = _checks.neighbours(K, P, "the number of points P")
+    lengths = _checks.lengths(p_lengths, batch, P)
+    idxs = search(metric, q, p, given, lengths, K, implementation)
+    # The aggregate of no features gives distances that are differentiable; weights are not asked for.
+    shared = (1,) * len(batch)
+    f = jnp.zeros((*shared, P, 0), q.dtype)
+    parameters_or_none = given or [jnp.zeros((*shared, P, 1), q.dtype)]
+    _, _, dists = aggregate(metric, (q, p, f, *parameters_or_none), idxs, implementation)
+    return KnnSearch(dists, idxs)

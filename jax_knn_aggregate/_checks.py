@@ -1,0 +1,160 @@
+"""Checks and normalisation of what users pass. Every error says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._primitive import IMPLEMENTATIONS
+
+_HALF = (jnp.bfloat16, jnp.float16)
+
+#: Shapes without the batch axis, by argument name. Letters stand for sizes that must agree.
+_SHAPES: dict[str, tuple[str | int, ...]] = {
+    "q": ("Q", 3),
+    "p": ("P", 3),
+    "f": ("P", "F"),
+    "sigma": ("P", 3),
+    "R": ("P", 3, 3),
+    "knn_idxs": ("Q", "K"),
+    "knn_table": ("P", "K'"),
+}
+
+
+def arrays(isotropic: bool = False, **named: Any) -> tuple[list[jax.Array], tuple[int, ...]]:
+    """Converts float arguments to JAX arrays and checks them against one another.
+
+    Returns the arrays in the order given, and the batch shape: () or (B,).
+    """
+    values = {name: _as_array(name, a) for name, a in named.items()}
+    shapes = {**_SHAPES, "sigma": ("P", 1)} if isotropic else _SHAPES
+    first = next(iter(values))
+    batched = values[first].ndim == len(shapes[first]) + 1
+    sizes: dict[str | int, tuple[int, str]] = {}
+    for name, a in values.items():
+        expected = (("B",) if batched else ()) + shapes[name]
+        text = _text(expected)
+        if a.ndim != len(expected):
+            other = "with" if batched else "without"
+            why = "" if name == first else f", because {first} has shape {values[first].shape}, {other} a batch axis"
+            raise ValueError(
+                f"{name} has shape {a.shape}, expected {text}{why}. Pass all arrays with a batch axis or none; "
+                "to share one cloud between scenes, use jax.vmap with in_axes=None for it."
+            )
+        for axis, (n, want) in enumerate(zip(a.shape, expected, strict=True)):
+            if isinstance(want, int):
+                if n != want:
+                    raise ValueError(f"{name} has shape {a.shape}, expected {text}: axis {axis} must have size {want}.")
+            elif sizes.setdefault(want, (n, name))[0] != n:
+                m, other = sizes[want]
+                raise ValueError(
+                    f"{name} has shape {a.shape}, expected {text}, but {want} = {m} in {other}, whose shape is "
+                    f"{values[other].shape}. Give both the same {want}."
+                )
+    _check_dtypes(values)
+    return list(values.values()), (values[first].shape[0],) if batched else ()
+
+
+def _text(shape: tuple[str | int, ...]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def _as_array(name: str, a: Any) -> jax.Array:
+    if not isinstance(a, jax.Array | np.ndarray | np.generic):
+        raise TypeError(f"{name} is a {type(a).__name__}, expected a JAX or NumPy array. Convert it with jnp.asarray.")
+    return jnp.asarray(a)
+
+
+def _check_dtypes(values: dict[str, jax.Array]) -> None:
+    first = next(iter(values))
+    dtype = values[first].dtype
+    for name, a in values.items():
+        if a.dtype not in (jnp.float32, jnp.float64) and not (name == "f" and a.dtype in _HALF):
+            more = ", bfloat16 or float16" if name == "f" else ""
+            raise TypeError(f"{name} has dtype {a.dtype}, expected float32 or float64{more}. Convert it with astype.")
+        if a.dtype != dtype and not (name == "f" and a.dtype in _HALF and dtype == jnp.float32):
+            more = " (f alone may also be bfloat16 or float16, with the rest float32)" if name == "f" else ""
+            raise TypeError(
+                f"{name} has dtype {a.dtype}, expected {dtype} like {first}{more}. Convert one of them with astype."
+            )
+
+
+def neighbours(K: Any, limit: int, of: str) -> int:
+    """Checks K, a static integer from 1 to ``limit``."""
+    try:
+        if isinstance(K, bool):
+            raise TypeError
+        K = operator.index(K)
+    except (TypeError, jax.errors.ConcretizationTypeError):
+        raise TypeError(
+            f"K is {K!r}, expected a Python integer: it sets the shapes of the results. Under jit, mark it static "
+            "(static_argnames='K')."
+        ) from None
+    if not 1 <= K <= limit:
+        raise ValueError(f"K is {K}, expected 1 <= K <= {limit}, {of}.")
+    return K
+
+
+def implementation(value: Any) -> Any:
+    if value not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {value!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
+    return value
+
+
+def _integers(name: str, a: Any) -> np.ndarray | jax.Array:
+    if not isinstance(a, jax.Array | np.ndarray | np.generic | int) or isinstance(a, bool):
+        raise TypeError(f"{name} is a {type(a).__name__}, expected an integer array. Convert it with jnp.asarray.")
+    # NumPy's 64-bit integers stay in NumPy until they are known to be in range: jnp.asarray would cut them to 32 bits.
+    a = a if isinstance(a, jax.Array) else np.asarray(a)
+    if not jnp.issubdtype(a.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {a.dtype}, expected an integer dtype. Convert it with astype.")
+    return a if a.dtype.itemsize >= 4 else a.astype(np.int32)
+
+
+def indices(name: str, a: Any, P: int) -> jax.Array:
+    """int32 indices in [0, P), or −1. Range-checked before narrowing, whatever the integer dtype."""
+    _check_size(P)
+    a = _integers(name, a)
+    xp = np if isinstance(a, np.ndarray) else jnp
+    inside = (a >= 0) & (a < P)
+    narrow = xp.where(inside, a, xp.zeros_like(a)).astype(np.int32)
+    return jnp.asarray(xp.where(inside, narrow, xp.full_like(narrow, -1)))
+
+
+def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:
+    """int32 lengths in [0, P] of shape ``batch``, or of size 1 along it where every cloud is whole."""
+    _check_size(P)
+    if p_lengths is None:
+        return jnp.full((1,) * len(batch), P, jnp.int32)
+    a = _integers("p_lengths", p_lengths)
+    if a.shape != batch:
+        expected = f"({batch[0]},), one length for each cloud" if batch else "(), a scalar, as p has no batch axis"
+        raise ValueError(f"p_lengths has shape {a.shape}, expected {expected}.")
+    xp = np if isinstance(a, np.ndarray) else jnp
+    low = xp.where(a < 0, xp.zeros_like(a), a)
+    return jnp.asarray(xp.where(low > P, xp.full_like(low, P), low).astype(np.int32))
+
+
+def shape_of(name: str, a: Any, batch: tuple[int, ...], core: dict[str, int | None], *, may_share: bool = False) -> None:
+    """Checks an integer array's shape: the batch shape, then ``core`` sizes by letter (None for any)."""
+    tail = tuple(core.values())
+    shape = np.shape(a)
+    fits = [b for b in ((batch, ()) if may_share else (batch,)) if len(shape) == len(b) + len(tail)]
+    ok = any(
+        all(want is None or n == want for n, want in zip(shape, b + tail, strict=True)) for b in fits
+    )
+    if not ok:
+        expected = " or ".join(
+            _text(tuple(b) + tuple(k if n is None else n for k, n in core.items()))
+            for b in dict.fromkeys((batch, ()) if may_share else (batch,))
+        )
+        raise ValueError(f"{name} has shape {shape}, expected {expected}.")
+
+
+def _check_size(P: int) -> None:
+    if P >= 2**31:
+        raise ValueError(f"p has P = {P} points, expected fewer than 2**31: indices are int32. Split the cloud.")

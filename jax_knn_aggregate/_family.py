@@ -1,0 +1,414 @@
+"""One machine for derivatives: an op and its derivatives to any order, from one reference formula and a few kernels.
+
+A *family* is five primitives around a pure-JAX function ``reference(x, aux) -> y``, where ``x`` is a tuple of
+differentiable operands, ``aux`` a tuple of integer operands and ``y`` a tuple of float results. With J the Jacobian of
+the reference at x:
+
+    value    (x, aux)           -> y
+    jvp      (x, aux, dx)       -> dy = J dx
+    vjp      (x, aux, ct)       -> x_bar = Jᵀ ct                         the transpose of jvp
+    vjp_jvp  (x, aux, ct, dx, dct) -> d(x_bar) along (dx, dct)           the JVP of vjp
+    vjp_vjp  (x, aux, ct, v)    -> the gradient of ⟨ct, J(x) v⟩ = ⟨v, Jᵀ ct⟩ in x and in ct
+                                                                         the transpose of vjp_jvp
+
+Reverse mode of first and second order executes value, vjp, vjp_vjp (and jvp, where in second order the cotangent alone
+carries a tangent); those may have kernels. Whatever has none (vjp_jvp, every order beyond the second, platforms without
+kernels) runs the reference, so that no term is ever missing. An Eikonal step, d/d(all) of a loss on ∇_q, executes
+value, vjp, vjp_vjp, vjp.
+
+Static masks over x and y say which operands carry a tangent (or a cotangent) and which results are wanted. Symbolic
+zeros are dropped by these masks, never instantiated: a kernel computes what is asked for and nothing else.
+
+This module knows no op: nothing of neighbours or Gaussians.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad
+
+from ._batch import Shape, batch_shape, fit, merged, over_batch
+from ._primitive import bind, make_primitive
+
+Mask = tuple[bool, ...]
+#: For each wanted result and each batch axis: whether the result keeps the axis (True) or sums over it (False).
+Keep = tuple[Mask, ...]
+Operands = tuple[jax.Array, ...]
+#: As many entries as the family has operands (or results), None where the mask is False.
+Sparse = tuple[jax.Array | None, ...]
+
+
+def _is_zero(t: Any) -> bool:
+    return type(t) is ad.Zero
+
+
+def _pick(values: Iterable[Any], mask: Mask) -> list[Any]:
+    return [v for v, m in zip(values, mask, strict=True) if m]
+
+
+def _spread(values: Iterable[Any], mask: Mask) -> tuple[Any, ...]:
+    """The inverse of ``_pick``: None where the mask is False."""
+    it = iter(values)
+    return tuple(next(it) if m else None for m in mask)
+
+
+def _nonzero(values: Iterable[Any]) -> Mask:
+    return tuple(not _is_zero(v) for v in values)
+
+
+class Family:
+    """The five primitives of one op. Call it as ``family(*x, *aux, implementation=...)``.
+
+    Args:
+      name: prefix of the primitives' names.
+      reference: ``reference(x, aux) -> y`` for core axes alone, in pure JAX, differentiable to any order.
+      x_ndims, aux_ndims: number of core axes of each operand; all axes before them are batch axes (see ``_batch.py``).
+      y_ndims: number of core axes of each result. Results have every batch axis in full.
+      kernels: FFI paths by role ("value", "jvp", "vjp", "vjp_vjp"), see below; any may be missing.
+
+    A kernel is ``kernel(platform, batch, x, aux, ..., results) -> list of arrays, or None`` where it cannot serve.
+    ``batch`` is the full size of the batch axes, which come merged; a result of size 1 along one is summed over it.
+    Between aux and results stand, for "jvp": dx; for "vjp": ct; for "vjp_vjp": ct, v; each with None where it is zero.
+    ``results`` holds the wanted results' shapes and dtypes, with None for what is not wanted: y for "value" and "jvp",
+    x_bar for "vjp", x_bar + ct_bar for "vjp_vjp".
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[[Operands, Operands], tuple[jax.Array, ...]],
+        x_ndims: Sequence[int],
+        aux_ndims: Sequence[int],
+        y_ndims: Sequence[int],
+        kernels: Mapping[str, Callable[..., list[jax.Array] | None]],
+    ):
+        self.reference = reference
+        self.x_ndims, self.aux_ndims, self.y_ndims = tuple(x_ndims), tuple(aux_ndims), tuple(y_ndims)
+        self._kernels = kernels
+        make = functools.partial(self._make, name)
+        self.value = make("value", self._value)
+        self.jvp = make("jvp", self._jvp, needs_kernel=False)
+        self.vjp = make("vjp", self._vjp)
+        self.vjp_jvp = make("vjp_jvp", self._vjp_jvp, needs_kernel=False)
+        self.vjp_vjp = make("vjp_vjp", self._vjp_vjp)
+
+        ad.primitive_jvps[self.value] = self._value_jvp_rule
+        ad.primitive_jvps[self.vjp] = self._vjp_jvp_rule
+        for p, impl in ((self.jvp, self._jvp), (self.vjp_jvp, self._vjp_jvp), (self.vjp_vjp, self._vjp_vjp)):
+            ad.primitive_jvps[p] = functools.partial(_reference_jvp_rule, impl)
+        ad.primitive_transposes[self.jvp] = self._jvp_transpose_rule
+        ad.primitive_transposes[self.vjp] = self._vjp_transpose_rule
+        ad.primitive_transposes[self.vjp_jvp] = self._vjp_jvp_transpose_rule
+
+    def __call__(self, *operands: jax.Array, implementation: str | None = None) -> tuple[jax.Array, ...]:
+        return tuple(bind(self.value, *operands, implementation=implementation))
+
+    # Operands of a primitive in groups: x, aux, then what the role adds.
+
+    def _groups(self, operands: Sequence[Any], *masks: Mask) -> list[tuple[Any, ...]]:
+        """x, aux, and one group per mask; groups with masks are spread out, with None where the mask is False."""
+        nx, na = len(self.x_ndims), len(self.aux_ndims)
+        groups = [tuple(operands[:nx]), tuple(operands[nx : nx + na])]
+        at = nx + na
+        for mask in masks:
+            groups.append(_spread(operands[at : at + sum(mask)], mask))
+            at += sum(mask)
+        return groups
+
+    def _ndims(self, **p: Any) -> list[int]:
+        """Core axes of all operands of the primitive that has these masks, in operand order."""
+        ndims = [*self.x_ndims, *self.aux_ndims]
+        for key in _operand_masks(**p):
+            ndims += _pick(self.x_ndims if key in _MASKS_OVER_X else self.y_ndims, p[key])
+        return ndims
+
+    # What each primitive computes, in pure JAX. Groups of tangents and cotangents are sparse.
+
+    def _batched_reference(self, x: Operands, aux: Operands) -> tuple[jax.Array, ...]:
+        n = len(x)
+        return over_batch(lambda *o: self.reference(o[:n], o[n:]), (*x, *aux), (*self.x_ndims, *self.aux_ndims))
+
+    def _value(self, *operands: Any) -> list[jax.Array]:
+        x, aux = self._groups(operands)
+        return list(self._batched_reference(x, aux))
+
+    def _jvp(self, *operands: Any, wrt: Mask) -> list[jax.Array]:
+        x, aux, dx = self._groups(operands, wrt)
+        full = batch_shape(operands, self._ndims(wrt=wrt))
+        dy = self._jvp_of(x, aux, dx)
+        return [fit(d, full + d.shape[len(full) :]) for d in dy]
+
+    def _jvp_of(self, x: Operands, aux: Operands, dx: Sparse) -> tuple[jax.Array, ...]:
+        x = tuple(a if d is None else jnp.broadcast_to(a, _common(a, d)) for a, d in zip(x, dx, strict=True))
+        dx = tuple(jnp.zeros_like(a) if d is None else jnp.broadcast_to(d, a.shape) for a, d in zip(x, dx, strict=True))
+        return jax.jvp(lambda *x: self._batched_reference(x, aux), x, dx)[1]
+
+    def _vjp(self, *operands: Any, wrt: Mask, outs: Mask, keep: Keep) -> list[jax.Array]:
+        x, aux, ct = self._groups(operands, outs)
+        shapes = self._kept_shapes(operands, wrt, keep, outs=outs)
+        # A result that keeps an axis along which its operand is shared is the gradient of each copy of that operand.
+        wide = [jnp.broadcast_to(a, _common(a, s)) for a, s in zip(_pick(x, wrt), shapes, strict=True)]
+
+        def f(*wide: jax.Array) -> tuple[jax.Array, ...]:
+            it = iter(wide)
+            return self._batched_reference(tuple(next(it) if m else a for a, m in zip(x, wrt, strict=True)), aux)
+
+        y, pull = jax.vjp(f, *wide)
+        bars = pull(tuple(jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(y, ct, strict=True)))
+        return [fit(b, s) for b, s in zip(bars, shapes, strict=True)]
+
+    def _vjp_jvp(self, *operands: Any, wrt: Mask, outs: Mask, keep: Keep, tx: Mask, tc: Mask) -> list[jax.Array]:
+        x, aux, ct, dx, dct = self._groups(operands, outs, tx, tc)
+        primals = (*x, *_pick(ct, outs))
+        tangents = (*dx, *_pick(dct, outs))
+        primals = tuple(
+            a if t is None else jnp.broadcast_to(a, _common(a, t)) for a, t in zip(primals, tangents, strict=True)
+        )
+        tangents = tuple(
+            jnp.zeros_like(a) if t is None else jnp.broadcast_to(t, a.shape)
+            for a, t in zip(primals, tangents, strict=True)
+        )
+        n = len(x)
+        shapes = self._kept_shapes(operands, wrt, keep, outs=outs, tx=tx, tc=tc)
+
+        def f(*z: jax.Array) -> list[jax.Array]:
+            bars = self._vjp(*z[:n], *aux, *z[n:], wrt=wrt, outs=outs, keep=keep)
+            return [fit(b, s) for b, s in zip(bars, shapes, strict=True)]
+
+        return list(jax.jvp(f, primals, tangents)[1])
+
+    def _vjp_vjp(
+        self, *operands: Any, outs: Mask, along: Mask, want_x: Mask, want_ct: Mask, keep: Keep
+    ) -> list[jax.Array]:
+        x, aux, ct, v = self._groups(operands, outs, along)
+        shapes = self._kept_shapes(operands, want_x + want_ct, keep, outs=outs, along=along)
+        shapes_x, shapes_ct = shapes[: sum(want_x)], shapes[sum(want_x) :]
+        wide = [jnp.broadcast_to(a, _common(a, s)) for a, s in zip(_pick(x, want_x), shapes_x, strict=True)]
+
+        def f(*wide: jax.Array) -> tuple[jax.Array, ...]:
+            it = iter(wide)
+            return self._jvp_of(tuple(next(it) if m else a for a, m in zip(x, want_x, strict=True)), aux, v)
+
+        dy, pull = jax.vjp(f, *wide)
+        bars = pull(tuple(jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(dy, ct, strict=True)))
+        return [fit(b, s) for b, s in zip([*bars, *_pick(dy, want_ct)], shapes, strict=True)]
+
+    # Shapes of results.
+
+    def _kept_shapes(self, operands: Sequence[Any], wanted: Mask, keep: Keep, **masks: Mask) -> list[Shape]:
+        """Shapes of the wanted among x_bar (and, where ``wanted`` is longer, of ct_bar behind them)."""
+        full = batch_shape(operands, self._ndims(**masks))
+        x, aux = self._groups(operands)
+        cores: list[Shape] = [a.shape[len(full) :] for a in x]
+        if len(wanted) > len(x):
+            cores += [o.shape for o in self._core_outputs(x, aux)]
+        return [
+            tuple(n if k else 1 for n, k in zip(full, ks, strict=True)) + core
+            for core, ks in zip(_pick(cores, wanted), keep, strict=True)
+        ]
+
+    def _core_outputs(self, x: Operands, aux: Operands) -> list[jax.ShapeDtypeStruct]:
+        core = [
+            jax.ShapeDtypeStruct(a.shape[len(a.shape) - n :], a.dtype)
+            for a, n in zip((*x, *aux), (*self.x_ndims, *self.aux_ndims), strict=True)
+        ]
+        return jax.eval_shape(lambda *o: list(self.reference(o[: len(x)], o[len(x) :])), *core)
+
+    def _outputs(self, *avals: Any, **p: Any) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the results of the primitive that has these masks."""
+        x, aux = self._groups(avals)
+        if "keep" not in p:  # value, jvp
+            full = batch_shape(avals, self._ndims(**p))
+            return [jax.ShapeDtypeStruct(full + o.shape, o.dtype) for o in self._core_outputs(x, aux)]
+        wanted = p["wrt"] if "wrt" in p else p["want_x"] + p["want_ct"]
+        dtypes = [a.dtype for a in x]
+        if len(wanted) > len(x):
+            dtypes += [o.dtype for o in self._core_outputs(x, aux)]
+        masks = {k: m for k, m in p.items() if k in ("outs", "along", "tx", "tc")}
+        shapes = self._kept_shapes(avals, wanted, p["keep"], **masks)
+        return [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, _pick(dtypes, wanted), strict=True)]
+
+    # Rules. Primal and tangent are separate binds: linearize needs primal results that do not depend on tangents.
+
+    def _value_jvp_rule(self, primals: Any, tangents: Any, *, implementation: str | None) -> Any:
+        wrt = _nonzero(tangents[: len(self.x_ndims)])
+        y = bind(self.value, *primals, implementation=implementation)
+        if not any(wrt):
+            return y, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in y]
+        dx = _pick(tangents[: len(wrt)], wrt)
+        return y, bind(self.jvp, *primals, *dx, wrt=wrt, implementation=implementation)
+
+    def _jvp_transpose_rule(self, cts: Any, *operands: Any, wrt: Mask, implementation: str | None) -> Any:
+        x, aux, dx = self._groups(operands, wrt)
+        outs = _nonzero(cts)
+        want = tuple(ad.is_undefined_primal(d) for d in dx)
+        if not any(outs):
+            bars = [ad.Zero(d.aval) for d in _pick(dx, want)]
+        else:
+            full = cts[outs.index(True)].shape[: -self.y_ndims[outs.index(True)]]
+            bars = bind(
+                self.vjp,
+                *x,
+                *aux,
+                *_pick(cts, outs),
+                wrt=want,
+                outs=outs,
+                keep=tuple(_kept(d.aval, full) for d in _pick(dx, want)),
+                implementation=implementation,
+            )
+        return [None] * (len(x) + len(aux)) + _pick(_spread(bars, want), wrt)
+
+    def _vjp_jvp_rule(
+        self, primals: Any, tangents: Any, *, wrt: Mask, outs: Mask, keep: Keep, implementation: str | None
+    ) -> Any:
+        x, aux, ct = self._groups(primals, outs)
+        dx, _, dct = self._groups(tangents, outs)
+        tx = _nonzero(dx)
+        tc = tuple(d is not None and not _is_zero(d) for d in dct)
+        bars = bind(self.vjp, *primals, wrt=wrt, outs=outs, keep=keep, implementation=implementation)
+        if not any(tx) and not any(tc):
+            return bars, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in bars]
+        if not any(tx):  # vjp is linear in ct
+            dbars = bind(self.vjp, *x, *aux, *_pick(dct, tc), wrt=wrt, outs=tc, keep=keep, implementation=implementation)
+        else:
+            dbars = bind(
+                self.vjp_jvp,
+                *primals,
+                *_pick(dx, tx),
+                *_pick(dct, tc),
+                wrt=wrt,
+                outs=outs,
+                keep=keep,
+                tx=tx,
+                tc=tc,
+                implementation=implementation,
+            )
+        return bars, dbars
+
+    def _vjp_transpose_rule(
+        self, cts: Any, *operands: Any, wrt: Mask, outs: Mask, keep: Keep, implementation: str | None
+    ) -> Any:
+        x, aux, ct = self._groups(operands, outs)
+        v = _spread(cts, wrt)
+        along = tuple(c is not None and not _is_zero(c) for c in v)
+        want = tuple(ad.is_undefined_primal(c) for c in ct)
+        if any(along):
+            dy = bind(self.jvp, *x, *aux, *_pick(v, along), wrt=along, implementation=implementation)
+            bars = [fit(d, c.aval.shape) for d, c in zip(_pick(dy, want), _pick(ct, want), strict=True)]
+        else:
+            bars = [ad.Zero(c.aval) for c in _pick(ct, want)]
+        return [None] * (len(x) + len(aux)) + _pick(_spread(bars, want), outs)
+
+    def _vjp_jvp_transpose_rule(
+        self,
+        cts: Any,
+        *operands: Any,
+        wrt: Mask,
+        outs: Mask,
+        keep: Keep,
+        tx: Mask,
+        tc: Mask,
+        implementation: str | None,
+    ) -> Any:
+        x, aux, ct, dx, dct = self._groups(operands, outs, tx, tc)
+        v = _spread(cts, wrt)
+        along = tuple(c is not None and not _is_zero(c) for c in v)
+        want_x = tuple(ad.is_undefined_primal(d) for d in dx)
+        want_ct = tuple(ad.is_undefined_primal(d) for d in dct)
+        avals = [d.aval for d in (*_pick(dx, want_x), *_pick(dct, want_ct))]
+        if any(along):
+            given = [*x, *aux, *_pick(ct, outs), *_pick(v, along)]
+            full = batch_shape(given, self._ndims(outs=outs, along=along))
+            bars = bind(
+                self.vjp_vjp,
+                *given,
+                outs=outs,
+                along=along,
+                want_x=want_x,
+                want_ct=want_ct,
+                keep=tuple(_kept(a, full) for a in avals),
+                implementation=implementation,
+            )
+        else:
+            bars = [ad.Zero(a) for a in avals]
+        bars_x, bars_ct = _spread(bars[: sum(want_x)], want_x), _spread(bars[sum(want_x) :], want_ct)
+        return [None] * (len(x) + len(aux) + sum(outs)) + _pick(bars_x, tx) + _pick(bars_ct, tc)
+
+    # Primitives.
+
+    def _make(self, name: str, role: str, impl: Callable[..., list[jax.Array]], needs_kernel: bool = True) -> Any:
+        kernel = self._kernels.get(role)
+        return make_primitive(
+            f"{name}_{role}",
+            reference=impl,
+            outputs=self._outputs,
+            kernel=functools.partial(self._run_kernel, kernel) if kernel else None,
+            needs_kernel=needs_kernel,
+            add_batch_axis=lambda p: {**p, "keep": tuple((True, *ks) for ks in p["keep"])} if "keep" in p else p,
+        )
+
+    def _run_kernel(
+        self, kernel: Callable[..., list[jax.Array] | None], platform: str, *operands: jax.Array, **p: Any
+    ) -> list[jax.Array] | None:
+        """Calls ``kernel`` with merged batch axes and sparse groups, and gives its results their shapes back."""
+        ndims = self._ndims(**p)
+        outputs = self._outputs(*operands, **p)
+        depth = operands[0].ndim - ndims[0]
+        batches = [a.shape[:depth] for a in (*operands, *outputs)]
+        batches, full = merged(batches)
+        operands = tuple(
+            a.reshape(b + a.shape[depth:]) for a, b in zip(operands, batches[: len(operands)], strict=True)
+        )
+        results = [
+            jax.ShapeDtypeStruct(b + o.shape[depth:], o.dtype)
+            for o, b in zip(outputs, batches[len(operands) :], strict=True)
+        ]
+        wanted = p["wrt"] if "keep" in p and "wrt" in p else p["want_x"] + p["want_ct"] if "keep" in p else None
+        got = kernel(
+            platform,
+            full,
+            *self._groups(operands, *(p[key] for key in _operand_masks(**p))),
+            tuple(results) if wanted is None else _spread(results, wanted),
+        )
+        if got is None:
+            return None
+        return [a.reshape(o.shape) for a, o in zip(got, outputs, strict=True)]
+
+
+_MASKS_OVER_X = ("wrt", "along", "tx")
+
+
+def _operand_masks(**p: Any) -> list[str]:
+    """Those of a primitive's parameters that say which operands follow x and aux, in operand order."""
+    if "outs" not in p:
+        return ["wrt"] if "wrt" in p else []  # jvp: dx; value: none
+    return [key for key in ("outs", "along", "tx", "tc") if key in p]
+
+
+def _common(a: Any, b: Any) -> Shape:
+    """The shape that two shapes or arrays of equal rank, with sizes n or 1 along batch axes, broadcast to."""
+    return jnp.broadcast_shapes(getattr(a, "shape", a), getattr(b, "shape", b))
+
+
+def _kept(aval: Any, full: Shape) -> Mask:
+    return tuple(n == m for n, m in zip(aval.shape, full, strict=False))
+
+
+def _reference_jvp_rule(impl: Callable[..., list[jax.Array]], primals: Any, tangents: Any, **p: Any) -> Any:
+    """JVP of a primitive without a rule of its own: differentiate its pure-JAX computation. Third order and up."""
+    p.pop("implementation")
+    floats = [jnp.issubdtype(jax.typeof(a).dtype, jnp.inexact) for a in primals]
+
+    def f(*z: jax.Array) -> list[jax.Array]:
+        it = iter(z)
+        return impl(*[next(it) if m else a for a, m in zip(primals, floats, strict=True)], **p)
+
+    moving = tuple(a for a, m in zip(primals, floats, strict=True) if m)
+    along = tuple(ad.instantiate_zeros(t) for t, m in zip(tangents, floats, strict=True) if m)
+    return jax.jvp(f, moving, along)

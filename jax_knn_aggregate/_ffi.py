@@ -1,0 +1,79 @@
+"""Loads the extension module and registers its FFI targets. The only module that knows how a target is called."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+
+PREFIX = "jax_knn_aggregate."
+#: JAX's name of a platform in lowerings -> the name under which its FFI registry files targets (capitals matter).
+_REGISTRY_PLATFORM = {"cpu": "cpu", "cuda": "CUDA"}
+
+
+def _runtime_api_version() -> tuple[int, int] | None:
+    """The FFI version that the installed jaxlib supports, from the headers that it ships."""
+    header = pathlib.Path(jaxlib.__file__).parent / "include" / "xla" / "ffi" / "api" / "c_api.h"
+    try:
+        text = header.read_text()
+    except OSError:
+        return None
+    found = {k: re.search(rf"#define XLA_FFI_API_{k} (\d+)", text) for k in ("MAJOR", "MINOR")}
+    if not (found["MAJOR"] and found["MINOR"]):
+        return None
+    return int(found["MAJOR"].group(1)), int(found["MINOR"].group(1))
+
+
+def check_api_version(built: tuple[int, int], runtime: tuple[int, int] | None) -> None:
+    """Raises ImportError where jaxlib would reject handlers built against FFI version ``built``.
+
+    Registering them all the same would make every backend of JAX fail to initialise, not just this package.
+    """
+    if runtime is not None and (built[0] != runtime[0] or built[1] > runtime[1]):
+        raise ImportError(
+            f"jax_knn_aggregate was built against XLA FFI version {built[0]}.{built[1]}, but jaxlib "
+            f"{jaxlib.__version__} supports up to {runtime[0]}.{runtime[1]}. Reinstall it with build isolation "
+            "(pip install --force-reinstall --no-deps .), which builds against the oldest supported jaxlib, "
+            "or upgrade jaxlib."
+        )
+
+
+def _register() -> dict[str, frozenset[str]]:
+    from . import _ext
+
+    check_api_version(_ext.ffi_api_version(), _runtime_api_version())
+    registered: dict[str, frozenset[str]] = {}
+    for platform, targets in _ext.registrations().items():
+        for name, handler in targets.items():
+            jax.ffi.register_ffi_target(PREFIX + name, handler, platform=_REGISTRY_PLATFORM[platform])
+        registered[platform] = frozenset(targets)
+    return registered
+
+
+#: For each platform, the targets that have kernels there (without prefix).
+TARGETS: dict[str, frozenset[str]] = _register()
+#: Names of all custom-call targets, for the safety checks of ``jax.export``.
+FFI_TARGETS: tuple[str, ...] = tuple(sorted({PREFIX + name for names in TARGETS.values() for name in names}))
+
+
+def available(target: str, platform: str) -> bool:
+    return target in TARGETS.get(platform, frozenset())
+
+
+def call(
+    target: str, results: Sequence[jax.ShapeDtypeStruct], **attributes: Any
+) -> Callable[..., Sequence[jax.Array]]:
+    """A function of arrays that calls ``target``; attributes are NumPy scalars of the exact type the kernel expects."""
+    return functools.partial(jax.ffi.ffi_call(PREFIX + target, list(results)), **attributes)
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built, for ``jax-knn-aggregate doctor``."""
+    from . import _ext
+
+    return dict(_ext.build_info())

@@ -1,0 +1,104 @@
+"""One factory for every primitive of the package: evaluation, shapes, vmap, and the choice between kernel and reference.
+
+The derivative rules are not here: ``_family.py`` adds them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir, xla
+
+IMPLEMENTATIONS = (None, "xla", "ffi")
+PLATFORMS = ("cpu", "cuda")
+
+
+class Kernel(Protocol):
+    """The kernel path of a primitive, as a JAX-traceable function that makes FFI calls.
+
+    Returns None where no kernel of that platform can serve these operands; the reference then does.
+    """
+
+    def __call__(self, platform: str, *operands: jax.Array, **params: Any) -> Sequence[jax.Array] | None: ...
+
+
+def make_primitive(
+    name: str,
+    *,
+    reference: Callable[..., Sequence[jax.Array]],
+    outputs: Callable[..., Sequence[jax.ShapeDtypeStruct]],
+    kernel: Kernel | None = None,
+    needs_kernel: bool = True,
+    add_batch_axis: Callable[[dict[str, Any]], dict[str, Any]] = lambda params: params,
+) -> Primitive:
+    """Makes a primitive whose operands and results all have leading batch axes of size n or 1 (see ``_batch.py``).
+
+    Args:
+      name: what a jaxpr shows.
+      reference: the computation in pure JAX, ``reference(*operands, **params)``.
+      outputs: shapes and dtypes of the results, ``outputs(*avals, **params)``.
+      kernel: the same computation through FFI calls.
+      needs_kernel: whether ``implementation="ffi"`` must raise where there is no kernel.
+      add_batch_axis: what ``params`` become when vmap puts one more batch axis in front.
+
+    All bind parameters are static; ``implementation`` is one of them and picks the lowering.
+    """
+    p = Primitive(name)
+    p.multiple_results = True
+    p.def_impl(functools.partial(xla.apply_primitive, p))
+
+    def abstract_eval(*avals: Any, implementation: str | None, **params: Any) -> list[Any]:
+        # From an operand's aval, so that what else it carries (varying manual axes) is kept; bind() made them agree.
+        return [
+            avals[0].update(shape=o.shape, dtype=o.dtype, weak_type=False) for o in outputs(*avals, **params)
+        ]
+
+    p.def_abstract_eval(abstract_eval)
+
+    def lower(platform: str | None, *operands: jax.Array, implementation: str | None, **params: Any) -> list[jax.Array]:
+        if kernel is not None and platform is not None and implementation != "xla":
+            results = kernel(platform, *operands, **params)
+            if results is not None:
+                return list(results)
+        if implementation == "ffi" and needs_kernel:
+            raise NotImplementedError(
+                f"{name}: implementation='ffi' was asked for, but there is no kernel for these operands on "
+                f"{platform or 'this platform'}. Kernels run on {' and '.join(PLATFORMS)} where they were built "
+                "(`jax-knn-aggregate doctor` shows which were); implementation=None uses pure JAX elsewhere."
+            )
+        return list(reference(*operands, **params))
+
+    mlir.register_lowering(p, mlir.lower_fun(functools.partial(lower, None), multiple_results=True))
+    for platform in PLATFORMS:
+        rule = mlir.lower_fun(functools.partial(lower, platform), multiple_results=True)
+        mlir.register_lowering(p, rule, platform=platform)
+
+    def batch(operands: Sequence[Any], dims: Sequence[int | None], **params: Any) -> tuple[list[Any], list[int]]:
+        moved = [
+            jnp.expand_dims(a, 0) if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(operands, dims, strict=True)
+        ]
+        results = bind(p, *moved, **add_batch_axis(params))
+        return results, [0] * len(results)
+
+    batching.primitive_batchers[p] = batch
+    return p
+
+
+def bind(p: Primitive, *operands: Any, **params: Any) -> list[Any]:
+    """Binds ``p`` with all operands marked as varying over the same manual mesh axes.
+
+    Under ``shard_map(check_vma=True)`` the transpose of that mark is the psum that a replicated operand's gradient
+    needs; without it the gradient would silently be that of one shard.
+    """
+    varying = [jax.typeof(a).manual_axis_type.varying for a in operands]
+    union = frozenset().union(*varying)
+    marked = [
+        a if v == union else jax.lax.pcast(a, tuple(sorted(union - v)), to="varying")
+        for a, v in zip(operands, varying, strict=True)
+    ]
+    return p.bind(*marked, **params)
