@@ -1,0 +1,65 @@
+// What the kernels of the aggregate op take. T is the arithmetic type, TF that of features.
+
+#ifndef KNN_AGGREGATE_AGGREGATE_H_
+#define KNN_AGGREGATE_AGGREGATE_H_
+
+#include "aggregate/formulas.h"
+#include "common/batch.h"
+
+namespace knn {
+
+enum class AggregateRole { kValue, kJvp, kVjp, kVjpVjp };
+
+// One struct serves all roles. Operands and results that a role does not have, or that are not asked for, are null.
+// Sizes after the batch axes stand behind each array. Results in full batch are dense.
+template <class T, class TF>
+struct Aggregate {
+  Batch batch;
+  int64_t Q, P, F, K;
+
+  Operand<const T> q;           // [Q, 3]
+  Operand<const T> p;           // [P, 3]
+  Operand<const TF> f;          // [P, F]
+  Operand<const T> sigma;       // [P, kSigma]
+  Operand<const T> R;           // [P, 3, 3]; anisotropic only
+  Operand<const int32_t> idxs;  // [Q, K]; outside [0, P) means no neighbour
+
+  // Cotangents of the results; null means zero.
+  Operand<const TF> ct_f;  // [Q, F]
+  Operand<const T> ct_w;   // [Q, K]
+  Operand<const T> ct_d;   // [Q, K]
+
+  // Tangents of q, p, f, sigma, R; null means zero.
+  Operand<const T> v_q, v_p;
+  Operand<const TF> v_f;
+  Operand<const T> v_sigma, v_R;
+
+  // value: f_out, w_out, dists. jvp: their tangents. vjp_vjp: the cotangents of ct_f, ct_w, ct_d, which are the same
+  // thing. In full batch.
+  TF* f_out;  // [Q, F]
+  T* w_out;   // [Q, K]
+  T* dists;   // [Q, K]
+
+  T* q_bar;  // [Q, 3], in full batch
+
+  // Gradients of points. `kept` is the batch shape of these results: 1 along axes that they sum over.
+  Batch kept;
+  T* p_bar;
+  TF* f_bar;
+  T* sigma_bar;
+  T* R_bar;
+
+  // Pairs (query, slot) grouped by point, see invert(); needed for gradients of points.
+  Operand<const int32_t> order;    // [pairs of a group]
+  Operand<const int32_t> offsets;  // [P + 1]
+  PairFactors<T>* factors;         // [Q, K], in full batch; scratch
+};
+
+template <class T, class TF>
+inline bool WantsPoints(const Aggregate<T, TF>& a) {
+  return a.factors != nullptr;
+}
+
+}  // namespace knn
+
+#endif  // KNN_AGGREGATE_AGGREGATE_H_

@@ -1,0 +1,57 @@
+// What one pair (query, neighbour) adds to the results of the aggregate op, to second order.
+//
+// Over the K neighbours of a query, with D, e, s_D, s_e of metric.h and w = exp(−e):
+//
+//   f_out = Σ_k w f      w_out = w      dists = D
+//
+// First order. For cotangents (g, γ, δ) of (f_out, w_out, dists) let L = ⟨g, f_out⟩ + Σ_k (γ w + δ D). With b = ⟨g, f⟩,
+// A = b + γ, and dw/de = −w, a pair adds
+//
+//   f̄ += w g      and through the metric the gradient of  δ D − w A e  with the factors held fixed.
+//
+// Forward mode. With ẇ = −w s_e:      ḟ_out = Σ_k w (ḟ − s_e f)      ẇ_out = −w s_e      Ḋ = s_D.
+//
+// Second order. The scalar to differentiate is S = ⟨(g, γ, δ), J v⟩ with v the tangent; with a = ⟨g, ḟ⟩ a pair adds
+//
+//   S = w (a − A s_e) + δ s_D.
+//
+// In the cotangents:  ḡ = Σ_k w (ḟ − s_e f)   γ̄ = −w s_e   δ̄ = s_D      (J v: the same as forward mode)
+// In the features:    f̄ += −w s_e g
+// In the rest, through the metric, the gradient of  −w (a − A s_e) e + δ s_D − w A s_e  with the factors held fixed.
+
+#ifndef KNN_AGGREGATE_FORMULAS_H_
+#define KNN_AGGREGATE_FORMULAS_H_
+
+#include "common/metric.h"
+
+namespace knn {
+
+// What the half of a kernel that owns queries finds out about a pair, for the half that owns points: the factor of g in
+// f̄, and the factors of the metric's terms (first order: of D and e; second order: of e, s_D, s_e).
+template <class T>
+struct alignas(4 * sizeof(T)) PairFactors {
+  T feature;
+  T a_e;
+  T dist, exponent;
+};
+
+}  // namespace knn
+
+namespace knn::KNN_ISA {
+
+// b is ⟨g, f⟩.
+template <class T>
+KNN_FN PairFactors<T> FirstOrderFactors(T w, T b, T ct_w, T ct_d) {
+  return {w, T(0), ct_d, -w * (b + ct_w)};
+}
+
+// a is ⟨g, ḟ⟩.
+template <class T>
+KNN_FN PairFactors<T> SecondOrderFactors(T w, T b, T ct_w, T ct_d, T a, T s_e) {
+  const T A = b + ct_w;
+  return {-w * s_e, -w * Fma(-A, s_e, a), ct_d, -w * A};
+}
+
+}  // namespace knn::KNN_ISA
+
+#endif  // KNN_AGGREGATE_FORMULAS_H_

@@ -1,0 +1,49 @@
+// Leading batch axes, each of full size or of size 1 (shared, stride 0). The Python side is _batch.py.
+
+#ifndef KNN_COMMON_BATCH_H_
+#define KNN_COMMON_BATCH_H_
+
+#include "common/numeric.h"
+
+namespace knn {
+
+// Axes come merged, so that two or three are usual however deeply vmaps are nested.
+inline constexpr int kMaxBatchAxes = 6;
+
+struct Batch {
+  int ndim;
+  int64_t size[kMaxBatchAxes];
+};
+
+// An array with batch axes in front. stride counts elements per step along each axis, 0 where the array is shared.
+template <class T>
+struct Operand {
+  T* data;
+  int64_t stride[kMaxBatchAxes];
+};
+
+}  // namespace knn
+
+namespace knn::KNN_ISA {
+
+KNN_FN int64_t Count(const Batch& batch) {
+  int64_t n = 1;
+  for (int a = 0; a < batch.ndim; ++a) n *= batch.size[a];
+  return n;
+}
+
+// The array of batch entry b, which counts row-major over `batch`.
+template <class T>
+KNN_FN T* At(const Operand<T>& operand, const Batch& batch, int64_t b) {
+  int64_t offset = 0;
+  for (int a = batch.ndim - 1; a > 0; --a) {
+    offset += b % batch.size[a] * operand.stride[a];
+    b /= batch.size[a];
+  }
+  if (batch.ndim > 0) offset += b * operand.stride[0];
+  return operand.data + offset;
+}
+
+}  // namespace knn::KNN_ISA
+
+#endif  // KNN_COMMON_BATCH_H_

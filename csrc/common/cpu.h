@@ -1,0 +1,38 @@
+// How a CPU kernel is described to the code that runs it, and which instruction sets kernels are compiled for.
+
+#ifndef KNN_COMMON_CPU_H_
+#define KNN_COMMON_CPU_H_
+
+#include <cstdint>
+
+namespace knn {
+
+// Work in up to two phases, each split into independent tasks. A phase starts when the one before is done. Tasks must
+// write disjoint memory, and what they compute must not depend on which thread runs them or in what order.
+template <class Args>
+struct CpuKernel {
+  struct Phase {
+    int64_t (*tasks)(const Args&);
+    void (*run)(const Args&, void* scratch, int64_t task);
+  };
+  int64_t (*scratch_bytes)(const Args&);  // of one block for all phases, aligned to 64; may be null
+  Phase phases[2];                        // the second may be null
+};
+
+// Every CPU kernel file is compiled once for each of these, with KNN_ISA set to the name, which is also the namespace
+// that the code ends up in. CMake defines KNN_X86_LEVELS where the compiler can target them.
+#ifdef KNN_X86_LEVELS
+#define KNN_FOR_EACH_ISA(DO) DO(baseline) DO(avx2) DO(avx512)
+#else
+#define KNN_FOR_EACH_ISA(DO) DO(baseline)
+#endif
+
+// The best of them that this machine can run, picked once. JAX_KNN_AGGREGATE_ISA=baseline|avx2|avx512 asks for a lesser
+// one, for tests.
+enum class Isa { baseline, avx2, avx512 };
+Isa BestIsa();
+const char* IsaName(Isa isa);
+
+}  // namespace knn
+
+#endif  // KNN_COMMON_CPU_H_

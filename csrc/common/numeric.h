@@ -1,0 +1,127 @@
+// Scalars: rounding that does not depend on where a formula is inlined, and 16-bit storage types.
+//
+// Everything with code in it lives in namespace knn::KNN_ISA, one per instruction set that a file is compiled for: inline
+// functions of one name compiled with different -m flags would break the one-definition rule, and the linker might keep
+// the AVX-512 copy for every machine.
+
+#ifndef KNN_COMMON_NUMERIC_H_
+#define KNN_COMMON_NUMERIC_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifndef KNN_ISA
+#define KNN_ISA generic
+#endif
+
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#define KNN_FN __host__ __device__ __forceinline__
+#else
+#define KNN_FN inline
+#endif
+
+namespace knn {
+
+// Storage of features; arithmetic is in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+}  // namespace knn
+
+namespace knn::KNN_ISA {
+
+// a·b + c. Written out wherever a product is added, and files are compiled without contraction, so that a distance has
+// the same bits in the search that ranks it and in the kernel that returns it.
+template <class T>
+KNN_FN T Fma(T a, T b, T c) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  if constexpr (sizeof(T) == 4) {
+    return __builtin_fmaf(a, b, c);
+  } else {
+    return __builtin_fma(a, b, c);
+  }
+#else
+  return a * b + c;
+#endif
+}
+
+KNN_FN float Exp(float x) { return ::expf(x); }
+KNN_FN double Exp(double x) { return ::exp(x); }
+
+KNN_FN float BitsToFloat(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+KNN_FN uint32_t FloatToBits(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+// Widening is exact; narrowing rounds to nearest, ties to even, and keeps NaN.
+KNN_FN float Widen(float x) { return x; }
+KNN_FN double Widen(double x) { return x; }
+KNN_FN float Widen(BFloat16 x) { return BitsToFloat(static_cast<uint32_t>(x.bits) << 16); }
+KNN_FN float Widen(Half x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Shifting exponent and mantissa into place leaves the exponent 112 too small, for subnormals as well; infinity and
+  // NaN must have the largest exponent instead.
+  const uint32_t body = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u
+                                             : FloatToBits(BitsToFloat(magnitude << 13) * 0x1p112f);
+  return BitsToFloat(sign | body);
+#endif
+}
+
+KNN_FN void Narrow(float x, float* out) { *out = x; }
+KNN_FN void Narrow(double x, double* out) { *out = x; }
+KNN_FN void Narrow(float x, BFloat16* out) {
+  const uint32_t bits = FloatToBits(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+KNN_FN void Narrow(float x, Half* out) {
+#ifdef __CUDA_ARCH__
+  out->bits = __half_as_ushort(__float2half_rn(x));
+#else
+  const uint32_t bits = FloatToBits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding ½ puts the last place of a half at the last place
+    half = FloatToBits(BitsToFloat(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+}  // namespace knn::KNN_ISA
+
+#endif  // KNN_COMMON_NUMERIC_H_

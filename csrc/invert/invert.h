@@ -1,0 +1,24 @@
+// What the grouping of pairs by point takes; see invert() in jax_knn_aggregate/_aggregate.py.
+
+#ifndef KNN_INVERT_INVERT_H_
+#define KNN_INVERT_INVERT_H_
+
+#include "common/batch.h"
+
+namespace knn {
+
+struct Invert {
+  Batch batch;      // of idxs
+  Batch kept;       // 1 along axes whose pairs fall into the same groups
+  int64_t P;        // points a group set
+  int64_t pairs;    // in a group set: the product of the sizes not kept, and Q·K
+  int64_t row;      // Q·K
+
+  const int32_t* idxs;  // [batch, Q, K]
+  int32_t* order;       // [kept, pairs]: pair numbers by (point, number)
+  int32_t* offsets;     // [kept, P + 1]
+};
+
+}  // namespace knn
+
+#endif  // KNN_INVERT_INVERT_H_

@@ -1,0 +1,19 @@
+#ifndef KNN_SEARCH_CPU_H_
+#define KNN_SEARCH_CPU_H_
+
+#include "common/cpu.h"
+#include "search/search.h"
+
+namespace knn {
+
+#define KNN_DECLARE(isa)                               \
+  namespace isa {                                      \
+  template <class T>                                   \
+  CpuKernel<Search<T>> SearchKernel(MetricKind metric); \
+  }
+KNN_FOR_EACH_ISA(KNN_DECLARE)
+#undef KNN_DECLARE
+
+}  // namespace knn
+
+#endif  // KNN_SEARCH_CPU_H_
