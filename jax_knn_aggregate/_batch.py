@@ -17,6 +17,9 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
+#: Kernels take up to this many merged axes (kMaxBatchAxes in csrc/common/batch.h).
+MAX_BATCH_AXES = 6
+
 
 def batch_shape(operands: Sequence[Any], core_ndims: Sequence[int]) -> Shape:
     """The full size of every batch axis: the one size that is not 1."""

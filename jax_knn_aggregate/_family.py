@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from ._batch import Shape, batch_shape, fit, merged, over_batch
+from ._batch import MAX_BATCH_AXES, Shape, batch_shape, fit, merged, over_batch
 from ._primitive import bind, make_primitive
 
 Mask = tuple[bool, ...]
@@ -362,6 +362,8 @@ class Family:
         depth = operands[0].ndim - ndims[0]
         batches = [a.shape[:depth] for a in (*operands, *outputs)]
         batches, full = merged(batches)
+        if len(full) > MAX_BATCH_AXES:
+            return None
         operands = tuple(
             a.reshape(b + a.shape[depth:]) for a, b in zip(operands, batches[: len(operands)], strict=True)
         )

@@ -17,7 +17,7 @@ from jax import lax
 from jax.interpreters import ad
 
 from . import _ffi
-from ._batch import batch_shape, merged, over_batch, size
+from ._batch import MAX_BATCH_AXES, batch_shape, merged, over_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._primitive import bind, make_primitive
 
@@ -64,6 +64,8 @@ def _kernel(metric: Metric, platform: str, *operands: jax.Array, K: int) -> list
     (out,) = _outputs(metric, *operands, K=K)
     ndims = _core_ndims(metric)
     batches, full = merged([a.shape[: a.ndim - n] for a, n in zip(operands, ndims, strict=True)])
+    if len(full) > MAX_BATCH_AXES:
+        return None
     operands = tuple(
         a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True)
     )

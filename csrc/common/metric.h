@@ -114,6 +114,14 @@ struct Anisotropic {
     return {Load3(sigma), {{Load3(R), Load3(R + 3), Load3(R + 6)}}};
   }
 
+  // Tangents, zero where there are none.
+  KNN_FN static Parameters LoadTangents(const T* sigma, const T* R) {
+    Parameters m = {};
+    if (sigma != nullptr) m.sigma = Load3(sigma);
+    if (R != nullptr) m.R = {{Load3(R), Load3(R + 3), Load3(R + 6)}};
+    return m;
+  }
+
   KNN_FN static T Distance(const Parameters& m, Vec3<T> d) {
     const Vec3<T> u = m.R * d;
     return Fma(m.sigma.z * u.z, u.z, Fma(m.sigma.y * u.y, u.y, m.sigma.x * u.x * u.x));
@@ -180,6 +188,7 @@ struct Isotropic {
 
   // sigma is null in searches, whose distance does not depend on it.
   KNN_FN static Parameters Load(const T* sigma, const T* /*R*/) { return {sigma == nullptr ? T(0) : *sigma}; }
+  KNN_FN static Parameters LoadTangents(const T* sigma, const T* R) { return Load(sigma, R); }
 
   KNN_FN static T Distance(const Parameters& /*m*/, Vec3<T> d) { return Dot(d, d); }
 

@@ -1,0 +1,38 @@
+"""Runs every kernel on small inputs and compares with the reference; for runs under compute-sanitizer."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path[:] = [p for p in sys.path if p not in ("", ".")]
+
+import jax_knn_aggregate as jka  # noqa: E402
+
+
+def main() -> int:
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for Q, P, F, K in ((37, 300, 64, 16), (5, 70, 7, 40), (3, 130, 1, 130)):
+        x = tuple(jnp.asarray(rng.random(s), jnp.float32) for s in ((2, Q, 3), (P, 3), (P, F), (P, 3), (P, 3, 3)))
+
+        def loss(x, implementation, K=K):
+            def sdf(q):
+                op = jax.vmap(lambda q: jka.knn_aggregate_aniso(q, *x[1:], K, implementation=implementation))
+                f_out, w_out, dists, _ = op(q)
+                return jnp.tanh(f_out).sum() + (w_out * dists).sum()
+
+            return jnp.square(jax.grad(sdf)(x[0])).mean()
+
+        ours, reference = (jax.jit(jax.grad(loss), static_argnums=1)(x, i) for i in (None, "xla"))
+        for a, b in zip(ours, reference, strict=True):
+            worst = max(worst, float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)))
+        iso = jka.knn_aggregate(x[0][0], x[1], x[2], x[3][:, :1], K)
+        worst = max(worst, float(jnp.abs(iso.dists[:, 0] - jka.knn_search(x[0][0], x[1], 1).dists[:, 0]).max()))
+    print("largest relative error", worst)
+    return 0 if worst < 1e-3 else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

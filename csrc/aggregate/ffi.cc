@@ -1,0 +1,211 @@
+// Binds the kernels of the aggregate op to XLA.
+//   operands  q (Q,3)  p (P,3)  f (P,F)  sigma (P,3 or 1)  [R (P,3,3)]  idxs (Q,K)
+//             then, where the bit masks in the attributes say so:
+//             outs    cotangents of f_out (Q,F), w_out (Q,K), dists (Q,K)
+//             along   tangents of q, p, f, sigma, [R]
+//             and, where a gradient of points is wanted, order (pairs,) and offsets (P+1,), see invert()
+//   results   value, jvp: f_out (Q,F)  w_out (Q,K)  dists (Q,K), or their tangents
+//             want_x   gradients in q, p, f, sigma, [R]; those of points with size 1 along summed batch axes
+//             want_ct  gradients in the cotangents
+//             and, where a gradient of points is wanted, scratch (Q,K,4)
+
+#include "aggregate/cpu.h"
+#include "common/bind.h"
+#ifdef KNN_CUDA
+#include "aggregate/cuda.h"
+#endif
+
+namespace knn {
+namespace {
+
+using Role = AggregateRole;
+
+struct Masks {
+  int32_t outs = 0, along = 0, want_x = 0, want_ct = 0;
+};
+
+bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
+
+template <class T, class TF>
+Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& masks) {
+  const bool aniso = metric == MetricKind::kAnisotropic;
+  const int64_t parameters = aniso ? 3 : 1;
+  const int num_x = aniso ? 5 : 4;
+
+  Aggregate<T, TF> a = {};
+  a.batch = in.batch();
+  a.Q = in.Size(0, 0);
+  a.P = in.Size(1, 0);
+  a.F = in.Size(2, 1);
+  a.K = in.Size(num_x, 1);
+  a.q = in.Arg<T>({a.Q, 3});
+  a.p = in.Arg<T>({a.P, 3});
+  a.f = in.Arg<TF>({a.P, a.F});
+  a.sigma = in.Arg<T>({a.P, parameters});
+  a.R = in.ArgIf<T>(aniso, {a.P, 3, 3});
+  a.idxs = in.Arg<int32_t>({a.Q, a.K});
+
+  a.ct_f = in.ArgIf<TF>(Bit(masks.outs, 0), {a.Q, a.F});
+  a.ct_w = in.ArgIf<T>(Bit(masks.outs, 1), {a.Q, a.K});
+  a.ct_d = in.ArgIf<T>(Bit(masks.outs, 2), {a.Q, a.K});
+
+  a.v_q = in.ArgIf<T>(Bit(masks.along, 0), {a.Q, 3});
+  a.v_p = in.ArgIf<T>(Bit(masks.along, 1), {a.P, 3});
+  a.v_f = in.ArgIf<TF>(Bit(masks.along, 2), {a.P, a.F});
+  a.v_sigma = in.ArgIf<T>(Bit(masks.along, 3), {a.P, parameters});
+  a.v_R = in.ArgIf<T>(Bit(masks.along, 4), {a.P, 3, 3});
+
+  const bool values = role == Role::kValue || role == Role::kJvp;
+  const bool points = (masks.want_x >> 1) != 0;
+  const int32_t want_y = values ? 7 : masks.want_ct;
+  a.kept = points ? in.RetBatch(Bit(masks.want_x, 0) ? 1 : 0) : a.batch;
+  if (points) {
+    int64_t pairs = a.Q * a.K;
+    for (int i = 0; i < a.batch.ndim; ++i) {
+      if (a.kept.size[i] != a.batch.size[i]) pairs *= a.batch.size[i];
+    }
+    a.order = in.Arg<int32_t>({pairs});
+    a.offsets = in.Arg<int32_t>({a.P + 1});
+  }
+
+  a.q_bar = in.RetIf<T>(Bit(masks.want_x, 0), a.batch, {a.Q, 3});
+  a.p_bar = in.RetIf<T>(Bit(masks.want_x, 1), a.kept, {a.P, 3});
+  a.f_bar = in.RetIf<TF>(Bit(masks.want_x, 2), a.kept, {a.P, a.F});
+  a.sigma_bar = in.RetIf<T>(Bit(masks.want_x, 3), a.kept, {a.P, parameters});
+  a.R_bar = in.RetIf<T>(Bit(masks.want_x, 4), a.kept, {a.P, 3, 3});
+  a.f_out = in.RetIf<TF>(Bit(want_y, 0), a.batch, {a.Q, a.F});
+  a.w_out = in.RetIf<T>(Bit(want_y, 1), a.batch, {a.Q, a.K});
+  a.dists = in.RetIf<T>(Bit(want_y, 2), a.batch, {a.Q, a.K});
+  a.factors = reinterpret_cast<PairFactors<T>*>(in.RetIf<T>(points, a.batch, {a.Q, a.K, 4}));
+  return a;
+}
+
+template <class T, class TF>
+CpuKernel<Aggregate<T, TF>> BestKernel(MetricKind metric, Role role) {
+  switch (BestIsa()) {
+#define KNN_CASE(isa) \
+  case Isa::isa:      \
+    return isa::AggregateKernel<T, TF>(metric, role);
+    KNN_FOR_EACH_ISA(KNN_CASE)
+#undef KNN_CASE
+    default:
+      return baseline::AggregateKernel<T, TF>(metric, role);
+  }
+}
+
+// Calls function(T(), TF()) for the types of the operands.
+template <class Function>
+auto WithTypes(Reader& in, Function&& function) {
+  if (in.Type(0) == ffi::DataType::F64) return function(double(), double());
+  if (in.Type(2) == ffi::DataType::BF16) return function(float(), BFloat16());
+  if (in.Type(2) == ffi::DataType::F16) return function(float(), Half());
+  return function(float(), float());
+}
+
+ffi::Future Cpu(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRets rets, MetricKind metric, Role role,
+                Masks masks) {
+  Reader in(args, rets, 2);
+  return WithTypes(in, [&](auto t, auto tf) {
+    using T = decltype(t);
+    using TF = decltype(tf);
+    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks);
+    return RunCpu(pool, in, BestKernel<T, TF>(metric, role), aggregate);
+  });
+}
+
+#ifdef KNN_CUDA
+ffi::Error Cuda(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, MetricKind metric, Role role,
+                Masks masks) {
+  Reader in(args, rets, 2);
+  return WithTypes(in, [&](auto t, auto tf) {
+    using T = decltype(t);
+    using TF = decltype(tf);
+    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks);
+    return RunCuda(in, [&] { return LaunchAggregate(aggregate, metric, role, stream); });
+  });
+}
+#endif
+
+// A handler for each platform, metric and role. They differ in their attributes, which name their bit masks.
+template <class Context, MetricKind metric, Role role>
+struct Handler {
+  static auto Run(Context& context, ffi::RemainingArgs args, ffi::RemainingRets rets, Masks masks) {
+#ifdef KNN_CUDA
+    if constexpr (std::is_same_v<Context, cudaStream_t>) {
+      return Cuda(context, args, rets, metric, role, masks);
+    } else  // NOLINT
+#endif
+      return Cpu(context, args, rets, metric, role, masks);
+  }
+
+  static auto Plain(Context context, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+    return Run(context, args, rets, {});
+  }
+  static auto Jvp(Context context, int32_t along, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+    return Run(context, args, rets, {0, along, 0, 0});
+  }
+  static auto Vjp(Context context, int32_t outs, int32_t want_x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+    return Run(context, args, rets, {outs, 0, want_x, 0});
+  }
+  static auto VjpVjp(Context context, int32_t outs, int32_t along, int32_t want_x, int32_t want_ct,
+                     ffi::RemainingArgs args, ffi::RemainingRets rets) {
+    return Run(context, args, rets, {outs, along, want_x, want_ct});
+  }
+};
+
+template <class Context>
+auto Bind() {
+#ifdef KNN_CUDA
+  if constexpr (std::is_same_v<Context, cudaStream_t>) {
+    return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>();
+  } else  // NOLINT
+#endif
+    return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>();
+}
+
+#define KNN_BIND_PLAIN(Context) Bind<Context>().RemainingArgs().RemainingRets()
+#define KNN_BIND_JVP(Context) Bind<Context>().template Attr<int32_t>("along").RemainingArgs().RemainingRets()
+#define KNN_BIND_VJP(Context) \
+  Bind<Context>().Attr<int32_t>("outs").Attr<int32_t>("want_x").RemainingArgs().RemainingRets()
+#define KNN_BIND_VJP_VJP(Context) \
+  Bind<Context>()                 \
+      .Attr<int32_t>("outs")      \
+      .Attr<int32_t>("along")     \
+      .Attr<int32_t>("want_x")    \
+      .Attr<int32_t>("want_ct")   \
+      .RemainingArgs()            \
+      .RemainingRets()
+
+#define KNN_HANDLERS(DEFINE, platform, Context, Metric)                                                            \
+  DEFINE(k##Metric##Value##platform, (Handler<Context, MetricKind::k##Metric, Role::kValue>::Plain),               \
+         KNN_BIND_PLAIN(Context));                                                                                 \
+  DEFINE(k##Metric##Jvp##platform, (Handler<Context, MetricKind::k##Metric, Role::kJvp>::Jvp), KNN_BIND_JVP(Context)); \
+  DEFINE(k##Metric##Vjp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjp>::Vjp), KNN_BIND_VJP(Context)); \
+  DEFINE(k##Metric##VjpVjp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjpVjp>::VjpVjp),            \
+         KNN_BIND_VJP_VJP(Context))
+
+KNN_HANDLERS(XLA_FFI_DEFINE_HANDLER, Cpu, ffi::ThreadPool, Anisotropic);
+KNN_HANDLERS(XLA_FFI_DEFINE_HANDLER, Cpu, ffi::ThreadPool, Isotropic);
+#ifdef KNN_CUDA
+KNN_HANDLERS(KNN_CUDA_HANDLER, Cuda, cudaStream_t, Anisotropic);
+KNN_HANDLERS(KNN_CUDA_HANDLER, Cuda, cudaStream_t, Isotropic);
+#endif
+
+}  // namespace
+
+#define KNN_LIST(key, name, platform, Metric)                                                                  \
+  {key, name "_value", k##Metric##Value##platform}, {key, name "_jvp", k##Metric##Jvp##platform},              \
+      {key, name "_vjp", k##Metric##Vjp##platform}, { key, name "_vjp_vjp", k##Metric##VjpVjp##platform }
+
+std::vector<Registration> AggregateRegistrations() {
+  return {
+      KNN_LIST("cpu", "aniso", Cpu, Anisotropic),
+      KNN_LIST("cpu", "iso", Cpu, Isotropic),
+#ifdef KNN_CUDA
+      KNN_LIST("cuda", "aniso", Cuda, Anisotropic),
+      KNN_LIST("cuda", "iso", Cuda, Isotropic),
+#endif
+  };
+}
+
+}  // namespace knn
