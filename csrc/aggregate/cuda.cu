@@ -1,9 +1,9 @@
-// The aggregate op and its derivatives on CUDA, without atomics: every result is owned by one warp, which sums in a fixed
-// order, so results have the same bits from run to run.
+// The aggregate op and its derivatives on CUDA, without atomics: every result is owned by one warp, which sums in a
+// fixed order, so results have the same bits from run to run.
 //
-// A warp per query does what belongs to queries. Its lanes are now pairs (one neighbour each, for distances and metrics),
-// now features (for rows of f). Where gradients of points are wanted it leaves four factors a pair behind, and a warp
-// per point then sums over the pairs that name the point, in the order that invert() fixed.
+// A warp per query does what belongs to queries. Its lanes are now pairs (one neighbour each, for distances and
+// metrics), now features (for rows of f). Where gradients of points are wanted it leaves four factors a pair behind,
+// and a warp per point then sums over the pairs that name the point, in the order that invert() fixed.
 
 #include "aggregate/cuda.h"
 #include "common/cuda.cuh"
@@ -154,15 +154,15 @@ __global__ void __launch_bounds__(kWarps* kWarp) QueryKernel(const Aggregate<T, 
     if (j >= 0) {
       const T ct_w_pair = ct_w == nullptr ? T(0) : ct_w[i * args.K + k];
       const T ct_d_pair = ct_d == nullptr ? T(0) : ct_d[i * args.K + k];
-      const PairFactors<T> factors =
-          kSecond ? SecondOrderFactors(w, b_pair, ct_w_pair, ct_d_pair, a_pair, tangent.exponent)
-                  : FirstOrderFactors(w, b_pair, ct_w_pair, ct_d_pair);
+      const PairFactors<T> factors = kSecond
+                                         ? SecondOrderFactors(w, b_pair, ct_w_pair, ct_d_pair, a_pair, tangent.exponent)
+                                         : FirstOrderFactors(w, b_pair, ct_w_pair, ct_d_pair);
       if (args.factors != nullptr) args.factors[row * args.K + k] = factors;
       if (args.q_bar != nullptr) {
         typename M::Parameters unused = {};
         const Pair<T> c = {factors.dist, factors.exponent};
-        Accumulate(q_bar, kSecond ? M::SecondGradient(m, d, dd, dm, factors.a_e, c, unused)
-                                  : M::Gradient(m, d, c, unused));
+        Accumulate(q_bar,
+                   kSecond ? M::SecondGradient(m, d, dd, dm, factors.a_e, c, unused) : M::Gradient(m, d, c, unused));
       }
     }
   }
@@ -174,28 +174,30 @@ __global__ void __launch_bounds__(kWarps* kWarp) QueryKernel(const Aggregate<T, 
 
   // Lanes are features: Σ_k w f, or Σ_k w (v_f − s_e f), with one rounding at the end for 16-bit features. Of up to 32
   // neighbours the lanes still know what they weigh.
-  if (kFirst || args.f_out == nullptr) return;
-  for (int64_t block = 0; block < args.F; block += kWarp * kWidth) {
-    const int64_t at = block + lane * kWidth;
-    const bool inside = at < args.F;
-    T sum[kWidth] = {};
-    for (int64_t start = 0; start < args.K; start += kWarp) {
-      if (args.K > kWarp) visit(start);
-      const int count = static_cast<int>(min(int64_t{kWarp}, args.K - start));
+  if constexpr (!kFirst) {
+    if (args.f_out == nullptr) return;
+    for (int64_t block = 0; block < args.F; block += kWarp * kWidth) {
+      const int64_t at = block + lane * kWidth;
+      const bool inside = at < args.F;
+      T sum[kWidth] = {};
+      for (int64_t start = 0; start < args.K; start += kWarp) {
+        if (args.K > kWarp) visit(start);
+        const int count = static_cast<int>(min(int64_t{kWarp}, args.K - start));
 #pragma unroll 4
-      for (int l = 0; l < count; ++l) {
-        const int64_t jl = __shfl_sync(kFullMask, j, l);
-        const T w_l = __shfl_sync(kFullMask, w, l);
-        const T s_l = kSecond ? __shfl_sync(kFullMask, tangent.exponent, l) : T(0);
-        if (jl < 0 || !inside) continue;
-        T x[kWidth], dx[kWidth] = {};
-        LoadFeatures(f + jl * args.F + at, x);
-        if (kSecond && v_f != nullptr) LoadFeatures(v_f + jl * args.F + at, dx);
+        for (int l = 0; l < count; ++l) {
+          const int64_t jl = __shfl_sync(kFullMask, j, l);
+          const T w_l = __shfl_sync(kFullMask, w, l);
+          const T s_l = kSecond ? __shfl_sync(kFullMask, tangent.exponent, l) : T(0);
+          if (jl < 0 || !inside) continue;
+          T x[kWidth], dx[kWidth] = {};
+          LoadFeatures(f + jl * args.F + at, x);
+          if (kSecond && v_f != nullptr) LoadFeatures(v_f + jl * args.F + at, dx);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) sum[e] = Fma(w_l, kSecond ? Fma(-s_l, x[e], dx[e]) : x[e], sum[e]);
+          for (int e = 0; e < kWidth; ++e) sum[e] = Fma(w_l, kSecond ? Fma(-s_l, x[e], dx[e]) : x[e], sum[e]);
+        }
       }
+      if (inside) StoreFeatures(sum, args.f_out + row * args.F + at);
     }
-    if (inside) StoreFeatures(sum, args.f_out + row * args.F + at);
   }
 }
 
@@ -241,8 +243,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     typename M::Parameters dm = {};
     if constexpr (kSecond) {
       v_point = Load3If(AtIf(args.v_p, args.batch, b0), j);
-      dm = LoadTangents<M>(AtIf(args.v_sigma, args.batch, b0),
-                           M::kR > 0 ? AtIf(args.v_R, args.batch, b0) : nullptr, j);
+      dm = LoadTangents<M>(AtIf(args.v_sigma, args.batch, b0), M::kR > 0 ? AtIf(args.v_R, args.batch, b0) : nullptr, j);
     }
     Vec3<T> d_bar = {0, 0, 0};
     typename M::Parameters m_bar = {};
@@ -287,8 +288,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll 4
       for (int l = 0; l < count; ++l) {
         const T factor_l = __shfl_sync(kFullMask, factor, l);
-        const auto ct_l = reinterpret_cast<const TF*>(
-            __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(ct_f), l));
+        const auto ct_l =
+            reinterpret_cast<const TF*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(ct_f), l));
         if (!inside) continue;
         T x[kWidth];
         LoadFeatures(ct_l + at, x);
@@ -314,7 +315,7 @@ cudaError_t Launch(const Aggregate<T, TF>& args, cudaStream_t stream) {
     if (WantsPoints(args) && point_blocks > 0) {
       PointKernel<M, T, TF, kOrder == Order::kSecond, kWidth>
           <<<static_cast<unsigned>(point_blocks), kWarps * kWarp, 0, stream>>>(args, Split(args.batch, args.kept),
-                                                                                points);
+                                                                               points);
       return cudaGetLastError();
     }
   }
@@ -346,9 +347,8 @@ namespace knn {
 
 template <class T, class TF>
 cudaError_t LaunchAggregate(const Aggregate<T, TF>& args, MetricKind metric, AggregateRole role, cudaStream_t stream) {
-  return metric == MetricKind::kAnisotropic
-             ? KNN_ISA::LaunchWidth<KNN_ISA::Anisotropic<T>>(args, role, stream)
-             : KNN_ISA::LaunchWidth<KNN_ISA::Isotropic<T>>(args, role, stream);
+  return metric == MetricKind::kAnisotropic ? KNN_ISA::LaunchWidth<KNN_ISA::Anisotropic<T>>(args, role, stream)
+                                            : KNN_ISA::LaunchWidth<KNN_ISA::Isotropic<T>>(args, role, stream);
 }
 
 template cudaError_t LaunchAggregate(const Aggregate<float, float>&, MetricKind, AggregateRole, cudaStream_t);

@@ -176,12 +176,12 @@ auto Bind() {
       .RemainingArgs()            \
       .RemainingRets()
 
-#define KNN_HANDLERS(DEFINE, platform, Context, Metric)                                                            \
-  DEFINE(k##Metric##Value##platform, (Handler<Context, MetricKind::k##Metric, Role::kValue>::Plain),               \
-         KNN_BIND_PLAIN(Context));                                                                                 \
+#define KNN_HANDLERS(DEFINE, platform, Context, Metric)                                                                \
+  DEFINE(k##Metric##Value##platform, (Handler<Context, MetricKind::k##Metric, Role::kValue>::Plain),                   \
+         KNN_BIND_PLAIN(Context));                                                                                     \
   DEFINE(k##Metric##Jvp##platform, (Handler<Context, MetricKind::k##Metric, Role::kJvp>::Jvp), KNN_BIND_JVP(Context)); \
   DEFINE(k##Metric##Vjp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjp>::Vjp), KNN_BIND_VJP(Context)); \
-  DEFINE(k##Metric##VjpVjp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjpVjp>::VjpVjp),            \
+  DEFINE(k##Metric##VjpVjp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjpVjp>::VjpVjp),                \
          KNN_BIND_VJP_VJP(Context))
 
 KNN_HANDLERS(XLA_FFI_DEFINE_HANDLER, Cpu, ffi::ThreadPool, Anisotropic);
@@ -193,9 +193,11 @@ KNN_HANDLERS(KNN_CUDA_HANDLER, Cuda, cudaStream_t, Isotropic);
 
 }  // namespace
 
-#define KNN_LIST(key, name, platform, Metric)                                                                  \
-  {key, name "_value", k##Metric##Value##platform}, {key, name "_jvp", k##Metric##Jvp##platform},              \
-      {key, name "_vjp", k##Metric##Vjp##platform}, { key, name "_vjp_vjp", k##Metric##VjpVjp##platform }
+#define KNN_LIST(key, name, platform, Metric)                                                     \
+  {key, name "_value", k##Metric##Value##platform}, {key, name "_jvp", k##Metric##Jvp##platform}, \
+      {key, name "_vjp", k##Metric##Vjp##platform}, {                                             \
+    key, name "_vjp_vjp", k##Metric##VjpVjp##platform                                             \
+  }
 
 std::vector<Registration> AggregateRegistrations() {
   return {

@@ -44,6 +44,19 @@ KNN_FN T* At(const Operand<T>& operand, const Batch& batch, int64_t b) {
   return operand.data + offset;
 }
 
+// Where `kept` is `batch` with axes that are summed over set to 1: the entry of `batch` that is entry c of `kept` and
+// entry s of the summed axes. All three count row-major.
+KNN_FN int64_t FullEntry(const Batch& batch, const Batch& kept, int64_t c, int64_t s) {
+  int64_t b = 0, stride = 1;
+  for (int a = batch.ndim - 1; a >= 0; --a) {
+    int64_t& entry = kept.size[a] == batch.size[a] ? c : s;
+    b += entry % batch.size[a] * stride;
+    entry /= batch.size[a];
+    stride *= batch.size[a];
+  }
+  return b;
+}
+
 }  // namespace knn::KNN_ISA
 
 #endif  // KNN_COMMON_BATCH_H_

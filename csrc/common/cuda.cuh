@@ -20,7 +20,9 @@ __device__ __forceinline__ T WarpSum(T x) {
 }
 
 // Blocks are numbered in one dimension, which has room for 2³¹ − 1.
-inline cudaError_t CheckGrid(int64_t blocks) { return blocks < (int64_t{1} << 31) ? cudaSuccess : cudaErrorInvalidValue; }
+inline cudaError_t CheckGrid(int64_t blocks) {
+  return blocks < (int64_t{1} << 31) ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -29,8 +29,8 @@ inline constexpr ffi::DataType kDataType<int32_t> = ffi::DataType::S32;
 template <>
 inline constexpr ffi::DataType kDataType<uint8_t> = ffi::DataType::U8;
 
-// Takes operands and results one after another, in the order in which Python passes them. The first mismatch is kept and
-// everything after it returns null: check Done() before using what was read.
+// Takes operands and results one after another, in the order in which Python passes them. The first mismatch is kept
+// and everything after it returns null: check Done() before using what was read.
 class Reader {
  public:
   Reader(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int first_core_ndim) {
@@ -99,7 +99,8 @@ class Reader {
     }
     for (int a = 0; a < batch_.ndim; ++a) batch.size[a] = rets_[i].dimensions()[a];
     for (int a = 0; a < batch_.ndim; ++a) {
-      if (batch.size[a] != 1 && batch.size[a] != batch_.size[a]) Fail("result " + std::to_string(i) + " has a wrong batch size");
+      if (batch.size[a] != 1 && batch.size[a] != batch_.size[a])
+        Fail("result " + std::to_string(i) + " has a wrong batch size");
     }
     return batch;
   }
@@ -124,8 +125,10 @@ class Reader {
 
   // Success if everything was there, was right, and nothing is left over.
   ffi::Error Done() {
-    if (next_arg_ != args_.size()) Fail("got " + std::to_string(args_.size()) + " operands, expected " + std::to_string(next_arg_));
-    if (next_ret_ != rets_.size()) Fail("got " + std::to_string(rets_.size()) + " results, expected " + std::to_string(next_ret_));
+    if (next_arg_ != args_.size())
+      Fail("got " + std::to_string(args_.size()) + " operands, expected " + std::to_string(next_arg_));
+    if (next_ret_ != rets_.size())
+      Fail("got " + std::to_string(rets_.size()) + " results, expected " + std::to_string(next_ret_));
     return error_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(error_);
   }
 

@@ -1,8 +1,8 @@
 // Scalars: rounding that does not depend on where a formula is inlined, and 16-bit storage types.
 //
-// Everything with code in it lives in namespace knn::KNN_ISA, one per instruction set that a file is compiled for: inline
-// functions of one name compiled with different -m flags would break the one-definition rule, and the linker might keep
-// the AVX-512 copy for every machine.
+// Everything with code in it lives in namespace knn::KNN_ISA, one per instruction set that a file is compiled for:
+// inline functions of one name compiled with different -m flags would break the one-definition rule, and the linker
+// might keep the AVX-512 copy for every machine.
 
 #ifndef KNN_COMMON_NUMERIC_H_
 #define KNN_COMMON_NUMERIC_H_
@@ -88,8 +88,8 @@ KNN_FN float Widen(Half x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Shifting exponent and mantissa into place leaves the exponent 112 too small, for subnormals as well; infinity and
   // NaN must have the largest exponent instead.
-  const uint32_t body = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u
-                                             : FloatToBits(BitsToFloat(magnitude << 13) * 0x1p112f);
+  const uint32_t body =
+      magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : FloatToBits(BitsToFloat(magnitude << 13) * 0x1p112f);
   return BitsToFloat(sign | body);
 #endif
 }

@@ -6,8 +6,8 @@
 
 namespace knn {
 
-#define KNN_DECLARE(isa)           \
-  namespace isa {                  \
+#define KNN_DECLARE(isa)            \
+  namespace isa {                   \
   CpuKernel<Invert> InvertKernel(); \
   }
 KNN_FOR_EACH_ISA(KNN_DECLARE)

@@ -65,7 +65,7 @@ cudaError_t LaunchInvert(const Invert& args, void* scratch, int64_t bytes, cudaS
   if (used + static_cast<int64_t>(needed) > bytes) return cudaErrorMemoryAllocation;
 
   Keys<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, Split(args.batch, args.kept), total, keys,
-                                                                numbers);
+                                                               numbers);
   if (error = cudaGetLastError(); error != cudaSuccess) return error;
   error = cub::DeviceRadixSort::SortPairs(static_cast<char*>(scratch) + used, needed, key_buffers, number_buffers,
                                           total, 0, bits, stream);

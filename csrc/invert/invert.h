@@ -8,11 +8,11 @@
 namespace knn {
 
 struct Invert {
-  Batch batch;      // of idxs
-  Batch kept;       // 1 along axes whose pairs fall into the same groups
-  int64_t P;        // points a group set
-  int64_t pairs;    // in a group set: the product of the sizes not kept, and Q·K
-  int64_t row;      // Q·K
+  Batch batch;    // of idxs
+  Batch kept;     // 1 along axes whose pairs fall into the same groups
+  int64_t P;      // points a group set
+  int64_t pairs;  // in a group set: the product of the sizes not kept, and Q·K
+  int64_t row;    // Q·K
 
   const int32_t* idxs;  // [batch, Q, K]
   int32_t* order;       // [kept, pairs]: pair numbers by (point, number)

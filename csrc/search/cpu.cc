@@ -254,13 +254,13 @@ struct Searcher {
   }
 
   static typename Metric<V>::Parameters LoadParameters(const T* group) {
-    typename Metric<V>::Parameters m;
     if constexpr (kAnisotropic) {
       const auto load = [&](int c) { return V::Load(group + c * kGroup); };
-      m = {{load(3), load(4), load(5)},
-           {{{load(6), load(7), load(8)}, {load(9), load(10), load(11)}, {load(12), load(13), load(14)}}}};
+      return {{load(3), load(4), load(5)},
+              {{{load(6), load(7), load(8)}, {load(9), load(10), load(11)}, {load(12), load(13), load(14)}}}};
+    } else {
+      return {V::Broadcast(0)};  // sigma, which the distance does not depend on
     }
-    return m;
   }
 
   // Distances of N queries to all points in `groups` groups.

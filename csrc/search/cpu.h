@@ -6,9 +6,9 @@
 
 namespace knn {
 
-#define KNN_DECLARE(isa)                               \
-  namespace isa {                                      \
-  template <class T>                                   \
+#define KNN_DECLARE(isa)                                \
+  namespace isa {                                       \
+  template <class T>                                    \
   CpuKernel<Search<T>> SearchKernel(MetricKind metric); \
   }
 KNN_FOR_EACH_ISA(KNN_DECLARE)

@@ -1,10 +1,10 @@
 // Exact search by brute force on CUDA.
 //
-// A warp owns kQueries queries and visits all points, 32 at a time. A lane holds one point in registers and computes its
-// distance to each of the warp's queries, so that arithmetic is what binds: a point costs its loads once for all
-// queries, and a query is uniform over the warp. The K best of a query are spread over the lanes as a sorted list, which
-// takes any K up to 32·kRows. Lanes whose point beats the K-th best insert one after another, in index order, so that
-// ties go to the smaller index; that happens about K (1 + ln(P/K)) times a query.
+// A warp owns kQueries queries and visits all points, 32 at a time. A lane holds one point in registers and computes
+// its distance to each of the warp's queries, so that arithmetic is what binds: a point costs its loads once for all
+// queries, and a query is uniform over the warp. The K best of a query are spread over the lanes as a sorted list,
+// which takes any K up to 32·kRows. Lanes whose point beats the K-th best insert one after another, in index order, so
+// that ties go to the smaller index; that happens about K (1 + ln(P/K)) times a query.
 
 #include "common/cuda.cuh"
 #include "search/cuda.h"
@@ -180,8 +180,7 @@ cudaError_t Launch(const Search<T>& args, cudaStream_t stream) {
   const int64_t blocks = Count(args.batch) * per_entry;
   if (blocks == 0) return cudaSuccess;
   if (cudaError_t error = CheckGrid(blocks); error != cudaSuccess) return error;
-  SearchKernel<M, T, kRows, kQueries>
-      <<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args, per_entry);
+  SearchKernel<M, T, kRows, kQueries><<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args, per_entry);
   return cudaGetLastError();
 }
 

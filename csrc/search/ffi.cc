@@ -75,9 +75,7 @@ ffi::Error Cuda(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets
   return in.Type(0) == ffi::DataType::F64 ? CudaOf<double>(stream, in, metric) : CudaOf<float>(stream, in, metric);
 }
 
-auto CudaBinding() {
-  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets();
-}
+auto CudaBinding() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets(); }
 
 KNN_CUDA_HANDLER(kAnisotropicCuda, Cuda<MetricKind::kAnisotropic>, CudaBinding());
 KNN_CUDA_HANDLER(kIsotropicCuda, Cuda<MetricKind::kIsotropic>, CudaBinding());
