@@ -21,7 +21,7 @@ def main() -> int:
             def sdf(q):
                 op = jax.vmap(lambda q: jka.knn_aggregate_aniso(q, *x[1:], K, implementation=implementation))
                 f_out, w_out, dists, _ = op(q)
-                return jnp.tanh(f_out).sum() + (w_out * dists).sum()
+                return jnp.sin(f_out).sum() + (w_out * dists).sum()
 
             return jnp.square(jax.grad(sdf)(x[0])).mean()
 

@@ -9,7 +9,7 @@ from . import knn_aggregate, measure
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contestant (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="turns of each contestant (default %(default)s)")
     args = parser.parse_args()
     print(measure.write("knn_aggregate", knn_aggregate.run(args.rounds)))
 

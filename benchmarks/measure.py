@@ -73,7 +73,7 @@ def environment() -> dict[str, Any]:
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
         "revision": revision,
         "device": device.device_kind if device.platform != "cpu" else _cpu_name(),
-        "platform": device.platform,
+        "platform": {"gpu": "cuda"}.get(device.platform, device.platform),
         "cpu_threads": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": versions,

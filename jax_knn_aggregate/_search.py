@@ -84,10 +84,10 @@ def _reference(metric: Metric, *operands: jax.Array, K: int) -> list[jax.Array]:
         exists = jnp.arange(P, dtype=jnp.int32) < length
 
         def nearest(x: jax.Array) -> jax.Array:
-            _, idxs = lax.top_k(-_key(metric.distance(x - p, *parameters), exists), K)
+            _, idxs = lax.top_k(-_key(metric.distance(x[None, :] - p, *parameters), exists), K)
             # Rank the K chosen by the distances that the caller will see: XLA may round the same formula differently
             # in a differently fused loop.
-            dists = metric.distance(x - p[idxs], *(a[idxs] for a in parameters))
+            dists = metric.distance(x[None, :] - p[idxs], *(a[idxs] for a in parameters))
             kind = jnp.where(exists[idxs], jnp.where(jnp.isnan(dists), _NAN, _NUMBER), _MISSING)
             dists = jnp.where((kind != _NUMBER) | (dists == 0), jnp.zeros_like(dists), dists)
             kind, _, idxs = lax.sort((kind, dists, idxs), num_keys=3)

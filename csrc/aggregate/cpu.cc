@@ -1,10 +1,12 @@
 // The aggregate op and its derivatives on CPUs.
 //
 // Phase 1 goes through queries and writes what belongs to them, and the factors of each pair where phase 2 wants them.
-// Phase 2 goes through points and sums over the pairs that name the point, in the order of the pair's number: results do
-// not depend on how many threads there are.
+// Phase 2 goes through points and sums over the pairs that name the point, in the order of the pair's number: results
+// do not depend on how many threads there are.
 
 #include "aggregate/cpu.h"
+
+#include "common/simd.h"
 
 namespace knn::KNN_ISA {
 namespace {
@@ -12,8 +14,7 @@ namespace {
 constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int64_t kTile = 256;  // features summed together
-constexpr int64_t kBlock = 64;  // neighbours whose weights are computed together
+constexpr int kBlock = 64;  // pairs looked at together
 
 template <class T>
 const T* AtOrNull(const Operand<const T>& operand, const Batch& batch, int64_t b) {
@@ -25,27 +26,97 @@ void Store3(Vec3<T> a, T* out) {
   out[0] = a.x, out[1] = a.y, out[2] = a.z;
 }
 
-// sum += factor · row.
 template <class T, class TF>
-void AddRow(T factor, const TF* __restrict row, int64_t n, T* __restrict sum) {
-  for (int64_t i = 0; i < n; ++i) sum[i] = Fma(factor, Widen(row[i]), sum[i]);
+KNN_FN Vec<T> LoadWide(const TF* a) {
+  if constexpr (sizeof(T) == sizeof(TF)) {
+    return Vec<T>::Load(a);
+  } else {
+    T wide[Vec<T>::kLanes];
+    for (int l = 0; l < Vec<T>::kLanes; ++l) wide[l] = Widen(a[l]);
+    return Vec<T>::Load(wide);
+  }
 }
 
-// The sum in 16 parts, for SIMD: the order of a floating-point sum is the compiler's to keep.
+// ⟨a, b⟩.
 template <class T, class TF>
-T DotRows(const TF* __restrict a, const TF* __restrict b, int64_t n) {
-  constexpr int kParts = 16;
-  T parts[kParts] = {};
+KNN_FN T DotRows(const TF* a, const TF* b, int64_t n) {
+  using V = Vec<T>;
+  V sums[2] = {V::Broadcast(0), V::Broadcast(0)};
   int64_t i = 0;
-  for (; i + kParts <= n; i += kParts) {
-    for (int l = 0; l < kParts; ++l) parts[l] = Fma(Widen(a[i + l]), Widen(b[i + l]), parts[l]);
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+    sums[0] = Fma(LoadWide<T>(a + i), LoadWide<T>(b + i), sums[0]);
+    sums[1] = Fma(LoadWide<T>(a + i + V::kLanes), LoadWide<T>(b + i + V::kLanes), sums[1]);
   }
-  for (int l = 0; i < n; ++i, ++l) parts[l] = Fma(Widen(a[i]), Widen(b[i]), parts[l]);
-  for (int half = kParts / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) parts[l] += parts[l + half];
-  }
-  return parts[0];
+  for (; i + V::kLanes <= n; i += V::kLanes) sums[0] = Fma(LoadWide<T>(a + i), LoadWide<T>(b + i), sums[0]);
+  T sum = Sum(sums[0] + sums[1]);
+  for (; i < n; ++i) sum = Fma(Widen(a[i]), Widen(b[i]), sum);
+  return sum;
 }
+
+// Rows come in random order: memory has to be asked for them early.
+template <class TF>
+KNN_FN void Prefetch(const TF* row, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(TF);
+  for (int64_t i = 0; i < Min(n, 8 * kLine); i += kLine) __builtin_prefetch(row + i);
+}
+
+// Rows of features, and what they are multiplied with.
+template <class T, class TF>
+struct Rows {
+  int n = 0;
+  const TF* row[2 * kBlock];
+  T factor[2 * kBlock];
+
+  void Add(const TF* r, T f) {
+    row[n] = r;
+    factor[n++] = f;
+  }
+};
+
+// A weighted sum of rows, at as many features from `begin` on as fit in registers.
+template <class T, class TF>
+class RowSum {
+  using V = Vec<T>;
+  static constexpr int kVectors = V::kLanes >= 16 ? 4 : 8;
+
+ public:
+  static constexpr int64_t kFeatures = kVectors * V::kLanes;
+
+  RowSum(int64_t F, int64_t begin) : short_(F < V::kLanes ? F : 0) {
+    for (int v = 0; v < kVectors; ++v) {
+      // Vectors that would end behind the row are moved to end with it, and compute some sums twice, alike.
+      start_[v] = short_ > 0 ? 0 : Min(begin + v * V::kLanes, F - V::kLanes);
+      sum_[v] = V::Broadcast(0);
+    }
+  }
+
+  void Add(const Rows<T, TF>& rows) {
+    if (short_ > 0) {
+      for (int r = 0; r < rows.n; ++r) {
+        for (int l = 0; l < short_; ++l) sum_[0].v[l] = Fma(rows.factor[r], Widen(rows.row[r][l]), sum_[0].v[l]);
+      }
+      return;
+    }
+    V sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = sum_[v];
+    for (int r = 0; r < rows.n; ++r) {
+      const V factor = V::Broadcast(rows.factor[r]);
+      for (int v = 0; v < kVectors; ++v) sum[v] = Fma(factor, LoadWide<T>(rows.row[r] + start_[v]), sum[v]);
+    }
+    for (int v = 0; v < kVectors; ++v) sum_[v] = sum[v];
+  }
+
+  void Write(TF* row) const {
+    for (int v = 0; v < (short_ > 0 ? 1 : kVectors); ++v) {
+      for (int l = 0; l < (short_ > 0 ? short_ : V::kLanes); ++l) Narrow(sum_[v].v[l], row + start_[v] + l);
+    }
+  }
+
+ private:
+  int short_;  // the row's length if it is shorter than a vector, else 0
+  int64_t start_[kVectors];
+  V sum_[kVectors];
+};
 
 template <class T, class TF, template <class> class Metric, AggregateRole role>
 struct Aggregator {
@@ -61,9 +132,14 @@ struct Aggregator {
     const TF *f, *v_f;
 
     Points(const Args& args, const Batch& batch, int64_t b)
-        : p(AtOrNull(args.p, batch, b)), sigma(AtOrNull(args.sigma, batch, b)), R(AtOrNull(args.R, batch, b)),
-          v_p(AtOrNull(args.v_p, batch, b)), v_sigma(AtOrNull(args.v_sigma, batch, b)),
-          v_R(AtOrNull(args.v_R, batch, b)), f(AtOrNull(args.f, batch, b)), v_f(AtOrNull(args.v_f, batch, b)) {}
+        : p(AtOrNull(args.p, batch, b)),
+          sigma(AtOrNull(args.sigma, batch, b)),
+          R(AtOrNull(args.R, batch, b)),
+          v_p(AtOrNull(args.v_p, batch, b)),
+          v_sigma(AtOrNull(args.v_sigma, batch, b)),
+          v_R(AtOrNull(args.v_R, batch, b)),
+          f(AtOrNull(args.f, batch, b)),
+          v_f(AtOrNull(args.v_f, batch, b)) {}
 
     Parameters Load(int64_t j) const { return M::Load(sigma + M::kSigma * j, R + M::kR * j); }
     Parameters LoadTangent(int64_t j) const {
@@ -77,8 +153,10 @@ struct Aggregator {
 
     Queries() = default;
     Queries(const Args& args, int64_t b)
-        : q(AtOrNull(args.q, args.batch, b)), v_q(AtOrNull(args.v_q, args.batch, b)),
-          ct_w(AtOrNull(args.ct_w, args.batch, b)), ct_d(AtOrNull(args.ct_d, args.batch, b)),
+        : q(AtOrNull(args.q, args.batch, b)),
+          v_q(AtOrNull(args.v_q, args.batch, b)),
+          ct_w(AtOrNull(args.ct_w, args.batch, b)),
+          ct_d(AtOrNull(args.ct_d, args.batch, b)),
           ct_f(AtOrNull(args.ct_f, args.batch, b)) {}
   };
 
@@ -104,19 +182,16 @@ struct Aggregator {
   static constexpr int64_t kQueriesPerTask = 64;
   static int64_t QueryTasks(const Args& args) { return Count(args.batch) * Ceil(args.Q, kQueriesPerTask); }
 
-  // What pairs add to f_out: factor · f + v_factor · v_f.
-  struct Rows {
-    int n = 0;
-    int32_t point[kBlock];
-    T factor[kBlock], v_factor[kBlock];
-  };
-
-  // Does neighbours [begin, end) of query i in batch entry b.
+  // Does neighbours [begin, end) of query i in batch entry b, and gathers the rows that they add to f_out.
   static void Pairs(const Args& args, int64_t b, const Points& points, const Queries& queries, const int32_t* idxs,
-                    int64_t i, int64_t begin, int64_t end, Rows& rows, Vec3<T>& q_bar) {
-    const bool geometry = args.q_bar != nullptr || args.p_bar != nullptr || args.sigma_bar != nullptr ||
-                          args.R_bar != nullptr;
+                    int64_t i, int64_t begin, int64_t end, Rows<T, TF>& rows, Vec3<T>& q_bar) {
+    const bool geometry =
+        args.q_bar != nullptr || args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
     rows.n = 0;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t j = idxs[i * args.K + k];
+      if (j >= 0 && j < args.P) Prefetch(points.f + j * args.F, args.F);
+    }
     for (int64_t k = begin; k < end; ++k) {
       const int64_t j = idxs[i * args.K + k], slot = i * args.K + k, at = b * args.Q * args.K + slot;
       Pair<T> value = {0, 0};  // D and e, or their tangents
@@ -151,10 +226,8 @@ struct Aggregator {
             Accumulate(q_bar, Gradient(points, queries, i, j, m, dm, factors, unused));
           }
         }
-        rows.point[rows.n] = static_cast<int32_t>(j);
-        rows.factor[rows.n] = w_value;
-        rows.v_factor[rows.n] = w;
-        ++rows.n;
+        rows.Add(points.f + j * args.F, w_value);
+        if (kTangents && points.v_f != nullptr) rows.Add(points.v_f + j * args.F, w);
       }
       if (args.w_out != nullptr) args.w_out[at] = w_value;
       if (args.dists != nullptr) {
@@ -171,25 +244,19 @@ struct Aggregator {
     const Queries queries(args, b);
     const int32_t* idxs = At(args.idxs, args.batch, b);
     const int64_t F = args.f_out == nullptr ? 0 : args.F;
-    Rows rows;
-    T sum[kTile];
+    Rows<T, TF> rows;
     for (int64_t i = begin; i < end; ++i) {
       Vec3<T> q_bar = {0, 0, 0};
-      for (int64_t tile = 0; tile == 0 || tile < F; tile += kTile) {
-        const int64_t n = Min(kTile, F - tile);
-        for (int64_t l = 0; l < n; ++l) sum[l] = 0;
+      for (int64_t at = 0; at == 0 || at < F; at += RowSum<T, TF>::kFeatures) {
+        RowSum<T, TF> sum(F, at);
         for (int64_t k = 0; k < args.K; k += kBlock) {
-          if (tile == 0 || args.K > kBlock) {  // else rows still holds all of them
+          if (at == 0 || args.K > kBlock) {  // else rows still holds them all
             Pairs(args, b, points, queries, idxs, i, k, Min(k + kBlock, args.K), rows, q_bar);
           }
-          for (int r = 0; r < rows.n; ++r) {
-            const int64_t at = rows.point[r] * args.F + tile;
-            AddRow(rows.factor[r], points.f + at, n, sum);
-            if (kTangents && points.v_f != nullptr) AddRow(rows.v_factor[r], points.v_f + at, n, sum);
-          }
+          if (F > 0) sum.Add(rows);
         }
-        for (int64_t l = 0; l < n; ++l) Narrow(sum[l], args.f_out + (b * args.Q + i) * args.F + tile + l);
-        if (tile == 0 && args.q_bar != nullptr) Store3(q_bar, args.q_bar + 3 * (b * args.Q + i));
+        if (F > 0) sum.Write(args.f_out + (b * args.Q + i) * args.F);
+        if (at == 0 && args.q_bar != nullptr) Store3(q_bar, args.q_bar + 3 * (b * args.Q + i));
       }
     }
   }
@@ -206,8 +273,8 @@ struct Aggregator {
   static int64_t Ranges(const Args& args) { return Min(args.P, Ceil(args.P + GroupPairs(args), 4096)); }
 
   static int64_t PointTasks(const Args& args) {
-    const bool wanted = args.p_bar != nullptr || args.f_bar != nullptr || args.sigma_bar != nullptr ||
-                        args.R_bar != nullptr;
+    const bool wanted =
+        args.p_bar != nullptr || args.f_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
     return wanted ? Count(args.kept) * Ranges(args) : 0;
   }
 
@@ -230,6 +297,9 @@ struct Aggregator {
         factors = args.factors + b * row;
       }
       return pair - first;
+    }
+    void PrefetchFactors(int64_t pair) const {
+      if (first >= 0 && pair >= first && pair < first + row) __builtin_prefetch(factors + (pair - first));
     }
     int64_t QueryOf(int64_t slot) const { return static_cast<uint32_t>(slot) / static_cast<uint32_t>(args.K); }
   };
@@ -270,14 +340,18 @@ struct Aggregator {
     const Parameters dm = kTangents ? points.LoadTangent(j) : Parameters{};
     Parameters m_bar = {};
     Vec3<T> d_bar = {0, 0, 0};
+    constexpr int64_t kAhead = 12;
+    const int64_t num_pairs = GroupPairs(args);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t slot = cursor.Seek(order[n]), i = cursor.QueryOf(slot);
+      if (n + kAhead < num_pairs) cursor.PrefetchFactors(order[n + kAhead]);
       Accumulate(d_bar, Gradient(points, cursor.queries, i, j, m, dm, cursor.factors[slot], m_bar));
     }
     if (args.p_bar != nullptr) Store3(Vec3<T>{0, 0, 0} - d_bar, args.p_bar + 3 * at);
     if constexpr (M::kR > 0) {
       if (args.sigma_bar != nullptr) Store3(m_bar.sigma, args.sigma_bar + 3 * at);
-      for (int row = 0; row < 3 && args.R_bar != nullptr; ++row) Store3(m_bar.R.row[row], args.R_bar + 9 * at + 3 * row);
+      for (int row = 0; row < 3 && args.R_bar != nullptr; ++row)
+        Store3(m_bar.R.row[row], args.R_bar + 9 * at + 3 * row);
     } else {
       if (args.sigma_bar != nullptr) args.sigma_bar[at] = m_bar.sigma;
     }
@@ -285,16 +359,20 @@ struct Aggregator {
 
   static void DoFeatures(const Args& args, const int32_t* order, int64_t begin, int64_t end, int64_t at,
                          Cursor& cursor) {
-    T sum[kTile];
-    for (int64_t tile = 0; tile < args.F; tile += kTile) {
-      const int64_t size = Min(kTile, args.F - tile);
-      for (int64_t l = 0; l < size; ++l) sum[l] = 0;
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t slot = cursor.Seek(order[n]), i = cursor.QueryOf(slot);
-        if (cursor.queries.ct_f == nullptr) break;
-        AddRow(cursor.factors[slot].feature, cursor.queries.ct_f + i * args.F + tile, size, sum);
+    for (int64_t feature = 0; feature < args.F; feature += RowSum<T, TF>::kFeatures) {
+      RowSum<T, TF> sum(args.F, feature);
+      for (int64_t block = begin; block < end; block += kBlock) {
+        Rows<T, TF> rows;
+        for (int64_t n = block; n < Min(block + kBlock, end); ++n) {
+          const int64_t slot = cursor.Seek(order[n]);
+          if (cursor.queries.ct_f == nullptr) break;
+          const TF* row = cursor.queries.ct_f + cursor.QueryOf(slot) * args.F;
+          Prefetch(row + feature, args.F - feature);
+          rows.Add(row, cursor.factors[slot].feature);
+        }
+        sum.Add(rows);
       }
-      for (int64_t l = 0; l < size; ++l) Narrow(sum[l], args.f_bar + at * args.F + tile + l);
+      sum.Write(args.f_bar + at * args.F);
     }
   }
 

@@ -11,7 +11,8 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int kWarps = 4;  // of a block
+constexpr int kWarps = 4;       // of a block of queries
+constexpr int kPointWarps = 8;  // of a block of points
 
 // kWidth features of a row that starts at `row`, widened.
 template <int kWidth, class T, class TF>
@@ -57,18 +58,49 @@ __device__ __forceinline__ Vec3<T> Load3If(const T* a, int64_t i) {
   return a == nullptr ? Vec3<T>{0, 0, 0} : Load3(a + 3 * i);
 }
 
-// ⟨a, b⟩ over features, for all lanes; 0 where one of them is null.
+// ⟨a, row j of b⟩ over features for the pairs that lanes hold: lane l gets that of its own j, 0 where j < 0.
+//
+// Rows are taken kGroup at a time, for as many loads in flight, and the lanes' partial sums are reduced together: each
+// step hands half of the sums to the lane's partner, 9 shuffles for 8 sums instead of 40.
 template <int kWidth, class T, class TF>
-__device__ __forceinline__ T FeatureDot(const TF* a, const TF* b, int64_t F) {
-  T sum = 0;
-  for (int64_t at = threadIdx.x % kWarp * kWidth; at < F; at += kWarp * kWidth) {
-    T x[kWidth], y[kWidth];
-    LoadFeatures(a + at, x);
-    LoadFeatures(b + at, y);
+__device__ __forceinline__ T FeatureDots(const TF* a, const TF* b, int32_t j, int count, int64_t F) {
+  constexpr int kGroup = 8;
+  const int lane = threadIdx.x % kWarp;
+  T mine = 0;
+  for (int group = 0; group < count; group += kGroup) {
+    T part[kGroup] = {};
+    int32_t row[kGroup];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum = Fma(x[i], y[i], sum);
+    for (int g = 0; g < kGroup; ++g) row[g] = __shfl_sync(kFullMask, j, group + g);  // beyond count, j is −1
+    for (int64_t at = lane * kWidth; at < F; at += kWarp * kWidth) {
+      T x[kWidth];
+      LoadFeatures(a + at, x);
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        if (row[g] >= 0) {
+          T y[kWidth];
+          LoadFeatures(b + row[g] * F + at, y);
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) part[g] = Fma(x[i], y[i], part[g]);
+        }
+      }
+    }
+#pragma unroll
+    for (int half = kGroup / 2, bit = kWarp / 2; half > 0; half /= 2, bit /= 2) {
+#pragma unroll
+      for (int g = 0; g < half; ++g) {
+        const bool high = (lane & bit) != 0;
+        const T keep = high ? part[g + half] : part[g], give = high ? part[g] : part[g + half];
+        part[g] = keep + __shfl_xor_sync(kFullMask, give, bit);
+      }
+    }
+#pragma unroll
+    for (int bit = kWarp / kGroup / 2; bit > 0; bit /= 2) part[0] += __shfl_xor_sync(kFullMask, part[0], bit);
+    // The sum of row g is now in lanes g·4 to g·4 + 3.
+    const T dot = __shfl_sync(kFullMask, part[0], lane % kGroup * (kWarp / kGroup));
+    if (lane / kGroup * kGroup == group) mine = dot;
   }
-  return WarpSum(sum);
+  return mine;
 }
 
 enum class Order { kZeroth, kFirst, kSecond };
@@ -136,21 +168,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) QueryKernel(const Aggregate<T, 
     }
     if (!gradients) continue;
 
-    // Lanes are features: b = ⟨ct_f, f⟩ and a = ⟨ct_f, v_f⟩ of each pair, kept by the pair's lane.
-    T b_pair = 0, a_pair = 0;
-    if (ct_f != nullptr) {
-      for (int l = 0; l < count; ++l) {
-        const int64_t jl = __shfl_sync(kFullMask, j, l);
-        if (jl < 0) continue;
-        const T b_l = FeatureDot<kWidth, T>(ct_f, f + jl * args.F, args.F);
-        b_pair = lane == l ? b_l : b_pair;
-        if (kSecond && v_f != nullptr) {
-          const T a_l = FeatureDot<kWidth, T>(ct_f, v_f + jl * args.F, args.F);
-          a_pair = lane == l ? a_l : a_pair;
-        }
-      }
-    }
-
+    // b = ⟨ct_f, f⟩ and a = ⟨ct_f, v_f⟩ of each pair.
+    const T b_pair = ct_f == nullptr ? T(0) : FeatureDots<kWidth, T>(ct_f, f, j, count, args.F);
+    const T a_pair = ct_f == nullptr || v_f == nullptr ? T(0) : FeatureDots<kWidth, T>(ct_f, v_f, j, count, args.F);
     if (j >= 0) {
       const T ct_w_pair = ct_w == nullptr ? T(0) : ct_w[i * args.K + k];
       const T ct_d_pair = ct_d == nullptr ? T(0) : ct_d[i * args.K + k];
@@ -201,41 +221,47 @@ __global__ void __launch_bounds__(kWarps* kWarp) QueryKernel(const Aggregate<T, 
   }
 }
 
-// Sums kCount terms over the warp and stores them, times `sign`, unless `out` is null.
-template <int kCount, class T>
-__device__ __forceinline__ void StoreSums(T* out, const T* terms, T sign) {
-  if (out == nullptr) return;
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    const T sum = WarpSum(terms[e]);
-    if (threadIdx.x % kWarp == 0) out[e] = sign * sum;
-  }
-}
-
 // The half that owns points: their gradients, summed over all pairs that name the point.
+//
+// A warp takes a point. A point with a long list would keep its warp long after the others are done, so the whole block
+// then shares its list, and the warps' sums are added in the order of warps.
 template <class M, class T, class TF, bool kSecond, int kWidth>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kPointWarps* kWarp)
     PointKernel(const Aggregate<T, TF> args, const SplitBatch split, int64_t rows) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;  // of a point, over the kept batch
-  if (row >= rows) return;
-  const int64_t c = row / args.P, j = row % args.P;
-  // What belongs to points does not vary along summed axes: their entry 0 serves.
-  const int64_t b0 = Join(split, c, 0);
-  const int32_t* order = At(args.order, args.batch, b0);
-  const int32_t* offsets = At(args.offsets, args.batch, b0) + j;
-  const int64_t begin = offsets[0], end = offsets[1];
-  const bool has_ct_f = args.ct_f.data != nullptr;
+  constexpr int kTerms = 3 + M::kSigma + M::kR;
+  constexpr int kLong = 4 * kWarp;
+  __shared__ T partial[kPointWarps][kTerms > kWarp * kWidth ? kTerms : kWarp * kWidth];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const bool geometry = args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
 
-  // The row over the full batch of the query of pair number n.
-  const auto row_of = [&](int32_t n, int64_t& b, int64_t& i) {
+  // The pairs that name point `row`, counted over the kept batch.
+  struct List {
+    int64_t c, j, b0;
+    const int32_t* order;
+    int64_t begin, end;
+  };
+  const auto list_of = [&](int64_t row) {
+    List list;
+    list.c = row / args.P;
+    list.j = row % args.P;
+    // What belongs to points does not vary along summed axes: their entry 0 serves.
+    list.b0 = Join(split, list.c, 0);
+    list.order = At(args.order, args.batch, list.b0);
+    const int32_t* offsets = At(args.offsets, args.batch, list.b0) + list.j;
+    list.begin = offsets[0];
+    list.end = offsets[1];
+    return list;
+  };
+  // The query of pair number n, as an entry of the full batch and an index there.
+  const auto query_of = [&](const List& list, int32_t n, int64_t& b, int64_t& i) {
     const int64_t in_all = n / args.K;
     i = in_all % args.Q;
-    b = Join(split, c, in_all / args.Q);
+    b = Join(split, list.c, in_all / args.Q);
   };
 
-  // Lanes are pairs: gradients through the metric.
-  if (args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr) {
+  // Lanes are pairs: gradients through the metric, of the share of warp `first` of `warps`.
+  const auto sum_geometry = [&](const List& list, int first, int warps, Vec3<T>& d_bar, typename M::Parameters& m_bar) {
+    const int64_t j = list.j, b0 = list.b0;
     const Vec3<T> point = Load3(At(args.p, args.batch, b0) + 3 * j);
     const typename M::Parameters m =
         LoadParameters<M>(At(args.sigma, args.batch, b0), M::kR > 0 ? At(args.R, args.batch, b0) : nullptr, j);
@@ -245,59 +271,115 @@ __global__ void __launch_bounds__(kWarps* kWarp)
       v_point = Load3If(AtIf(args.v_p, args.batch, b0), j);
       dm = LoadTangents<M>(AtIf(args.v_sigma, args.batch, b0), M::kR > 0 ? AtIf(args.v_R, args.batch, b0) : nullptr, j);
     }
-    Vec3<T> d_bar = {0, 0, 0};
-    typename M::Parameters m_bar = {};
-    for (int64_t at = begin + lane; at < end; at += kWarp) {
-      const int32_t n = order[at];
+    for (int64_t at = list.begin + first * kWarp + lane; at < list.end; at += warps * kWarp) {
+      const int32_t n = list.order[at];
       int64_t b, i;
-      row_of(n, b, i);
+      query_of(list, n, b, i);
       const PairFactors<T> factors = args.factors[(b * args.Q + i) * args.K + n % args.K];
       const Vec3<T> d = Load3(At(args.q, args.batch, b) + 3 * i) - point;
-      const Pair<T> c_pair = {factors.dist, factors.exponent};
+      const Pair<T> c = {factors.dist, factors.exponent};
       if constexpr (kSecond) {
         const Vec3<T> dd = Load3If(AtIf(args.v_q, args.batch, b), i) - v_point;
-        Accumulate(d_bar, M::SecondGradient(m, d, dd, dm, factors.a_e, c_pair, m_bar));
+        Accumulate(d_bar, M::SecondGradient(m, d, dd, dm, factors.a_e, c, m_bar));
       } else {
-        Accumulate(d_bar, M::Gradient(m, d, c_pair, m_bar));
+        Accumulate(d_bar, M::Gradient(m, d, c, m_bar));
       }
     }
-    // A cotangent of parameters is its scalars in a row, sigma first.
-    const T* terms = reinterpret_cast<const T*>(&m_bar);
-    StoreSums<3>(args.p_bar == nullptr ? nullptr : args.p_bar + 3 * row, &d_bar.x, T(-1));
-    StoreSums<M::kSigma>(args.sigma_bar == nullptr ? nullptr : args.sigma_bar + M::kSigma * row, terms, T(1));
-    StoreSums<M::kR>(args.R_bar == nullptr ? nullptr : args.R_bar + M::kR * row, terms + M::kSigma, T(1));
-  }
+  };
 
-  // Lanes are features: f̄ = Σ factor · ct_f.
-  if (args.f_bar == nullptr) return;
-  for (int64_t block = 0; block < args.F; block += kWarp * kWidth) {
-    const int64_t at = block + lane * kWidth;
-    const bool inside = at < args.F;
-    T sum[kWidth] = {};
-    for (int64_t start = begin; start < end && has_ct_f; start += kWarp) {
+  // Lanes are features block..block + kWarp·kWidth − 1: f̄ = Σ factor · ct_f.
+  const auto sum_features = [&](const List& list, int first, int warps, int64_t block, T(&sum)[kWidth]) {
+    const int64_t feature = block + lane * kWidth;
+    for (int64_t start = list.begin + first * kWarp; start < list.end; start += warps * kWarp) {
       const TF* ct_f = nullptr;
       T factor = 0;
-      if (start + lane < end) {
-        const int32_t n = order[start + lane];
+      if (start + lane < list.end) {
+        const int32_t n = list.order[start + lane];
         int64_t b, i;
-        row_of(n, b, i);
+        query_of(list, n, b, i);
         factor = args.factors[(b * args.Q + i) * args.K + n % args.K].feature;
         ct_f = At(args.ct_f, args.batch, b) + i * args.F;
       }
-      const int count = static_cast<int>(min(int64_t{kWarp}, end - start));
-#pragma unroll 4
+      const int count = static_cast<int>(min(int64_t{kWarp}, list.end - start));
+#pragma unroll 8
       for (int l = 0; l < count; ++l) {
         const T factor_l = __shfl_sync(kFullMask, factor, l);
         const auto ct_l =
             reinterpret_cast<const TF*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(ct_f), l));
-        if (!inside) continue;
-        T x[kWidth];
-        LoadFeatures(ct_l + at, x);
+        if (feature < args.F) {
+          T x[kWidth];
+          LoadFeatures(ct_l + feature, x);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) sum[e] = Fma(factor_l, x[e], sum[e]);
+          for (int e = 0; e < kWidth; ++e) sum[e] = Fma(factor_l, x[e], sum[e]);
+        }
       }
     }
-    if (inside) StoreFeatures(sum, args.f_bar + row * args.F + at);
+  };
+
+  // Term e of the metric's gradients: p, sigma, then R.
+  const auto store_term = [&](int64_t row, int e, T value) {
+    if (e < 3) {
+      if (args.p_bar != nullptr) args.p_bar[3 * row + e] = -value;
+    } else if (e < 3 + M::kSigma) {
+      if (args.sigma_bar != nullptr) args.sigma_bar[M::kSigma * row + e - 3] = value;
+    } else if (args.R_bar != nullptr) {
+      args.R_bar[M::kR * row + e - 3 - M::kSigma] = value;
+    }
+  };
+  // Adds the lanes' terms up; lane e returns term e.
+  const auto sum_terms = [&](const Vec3<T>& d_bar, const typename M::Parameters& m_bar) {
+    const T* of_m = reinterpret_cast<const T*>(&m_bar);  // its scalars in a row, sigma first
+    const T* of_d = reinterpret_cast<const T*>(&d_bar);
+    T mine = 0;
+#pragma unroll
+    for (int e = 0; e < kTerms; ++e) {
+      const T sum = WarpSum(e < 3 ? of_d[e] : of_m[e - 3]);
+      mine = lane == e ? sum : mine;
+    }
+    return mine;
+  };
+
+  // Turn −1: each warp for itself. Turns 0 to kPointWarps − 1: all warps together, for the point of that warp.
+  const int64_t first_row = int64_t{blockIdx.x} * kPointWarps;
+  for (int turn = -1; turn < kPointWarps; ++turn) {
+    const bool together = turn >= 0;
+    const int64_t row = first_row + (together ? turn : warp);
+    if (row >= rows) continue;
+    const List list = list_of(row);
+    if ((list.end - list.begin > kLong) != together) continue;
+    const int first = together ? warp : 0, warps = together ? kPointWarps : 1;
+
+    if (geometry) {
+      Vec3<T> d_bar = {0, 0, 0};
+      typename M::Parameters m_bar = {};
+      sum_geometry(list, first, warps, d_bar, m_bar);
+      T term = sum_terms(d_bar, m_bar);
+      if (together) {
+        if (lane < kTerms) partial[warp][lane] = term;
+        __syncthreads();
+        term = 0;
+        for (int w = 0; w < kPointWarps && lane < kTerms; ++w) term += partial[w][lane];
+        __syncthreads();
+      }
+      if (first == 0 && lane < kTerms) store_term(row, lane, term);
+    }
+    for (int64_t block = 0; block < args.F && args.f_bar != nullptr; block += kWarp * kWidth) {
+      T sum[kWidth] = {};
+      if (args.ct_f.data != nullptr) sum_features(list, first, warps, block, sum);
+      if (together) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) partial[warp][lane * kWidth + e] = sum[e];
+        __syncthreads();
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          sum[e] = 0;
+          for (int w = 0; w < kPointWarps; ++w) sum[e] += partial[w][lane * kWidth + e];
+        }
+        __syncthreads();
+      }
+      const int64_t feature = block + lane * kWidth;
+      if (first == 0 && feature < args.F) StoreFeatures(sum, args.f_bar + row * args.F + feature);
+    }
   }
 }
 
@@ -310,12 +392,12 @@ cudaError_t Launch(const Aggregate<T, TF>& args, cudaStream_t stream) {
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if constexpr (kOrder != Order::kZeroth) {
-    const int64_t points = Count(args.kept) * args.P, point_blocks = CeilDiv(points, kWarps);
+    const int64_t points = Count(args.kept) * args.P, point_blocks = CeilDiv(points, kPointWarps);
     if (cudaError_t error = CheckGrid(point_blocks); error != cudaSuccess) return error;
     if (WantsPoints(args) && point_blocks > 0) {
       PointKernel<M, T, TF, kOrder == Order::kSecond, kWidth>
-          <<<static_cast<unsigned>(point_blocks), kWarps * kWarp, 0, stream>>>(args, Split(args.batch, args.kept),
-                                                                               points);
+          <<<static_cast<unsigned>(point_blocks), kPointWarps * kWarp, 0, stream>>>(args, Split(args.batch, args.kept),
+                                                                                    points);
       return cudaGetLastError();
     }
   }

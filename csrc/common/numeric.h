@@ -18,6 +18,9 @@
 #ifdef __CUDACC__
 #include <cuda_fp16.h>
 #define KNN_FN __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Left to itself, GCC calls even a dot product where a function has many of them.
+#define KNN_FN inline __attribute__((always_inline))
 #else
 #define KNN_FN inline
 #endif

@@ -1,7 +1,7 @@
 // The search on CPUs: brute force.
 //
-// Phase 1 packs the points of each distinct cloud into groups, in structure-of-arrays form. Phase 2 takes the queries, a
-// few at a time, through the points in chunks that stay in cache. For each query and chunk it
+// Phase 1 packs the points of each distinct cloud into groups, in structure-of-arrays form. Phase 2 takes the queries,
+// a few at a time, through the points in chunks that stay in cache. For each query and chunk it
 //
 //   1. computes all distances without a branch, and the minimum of every four points' (the metric's code, with a SIMD
 //      vector for its scalar);
@@ -24,7 +24,6 @@ namespace {
 constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Integers in the order of the floating-point numbers, for bisection.
 template <class T>
 struct Limits;
 template <>
@@ -42,6 +41,7 @@ struct Limits<double> {
   static double Below(double x) { return ::nextafter(x, -HUGE_VAL); }
 };
 
+// Integers in the order of the floating-point numbers, for bisection.
 template <class T, class Key = typename Limits<T>::Key>
 Key ToKey(T x) {
   Key key;
@@ -126,14 +126,19 @@ T FindBound(const T* minima, int64_t n, int64_t K) {
   const int64_t m = Min(Min(Ceil(4 * K, 64) * 64, kMost), n);
   if (m < 2 * K) return Limits<T>::kMax;
   alignas(64) T folded[kMost];
-  T least = HUGE_VAL, largest = -HUGE_VAL;
+  V lows = V::Broadcast(HUGE_VAL), highs = lows;  // highs are negated
   for (int64_t i = 0; i < m; i += V::kLanes) {
     V x = V::Load(minima + i);
     for (int64_t j = i + m; j < n; j += m) x = Min(V::Load(minima + j), x);
     x.Store(folded + i);
+    lows = Min(x, lows);
+    highs = Min(V::Broadcast(0) - x, highs);
   }
-  for (int64_t i = 0; i < m; ++i) least = folded[i] < least ? folded[i] : least;
-  for (int64_t i = 0; i < m; ++i) largest = folded[i] > largest ? folded[i] : largest;
+  T least = HUGE_VAL, largest = -HUGE_VAL;
+  for (int l = 0; l < V::kLanes; ++l) {
+    least = lows.v[l] < least ? lows.v[l] : least;
+    largest = -highs.v[l] > largest ? -highs.v[l] : largest;
+  }
   const auto count = [&](T x) {
     int64_t found = 0;
     for (int64_t i = 0; i < m; i += V::kLanes) {
@@ -162,17 +167,19 @@ struct Searcher {
   using V = Vec<T>;
   static constexpr bool kAnisotropic = Metric<T>::kKind == MetricKind::kAnisotropic;
 
-  // A group is kVectors vectors of points, packed as [component][vector][lane]. Neighbouring points are in the same lane
-  // of its vectors: who finds the minimum over these and goes through lanes meets points in index order.
+  // A group is kVectors vectors of points, packed as [component][vector][lane]. Neighbouring points are in the same
+  // lane of its vectors: who finds the minimum over these and goes through lanes meets points in index order.
   static constexpr int64_t kComponents = kAnisotropic ? 15 : 3;
   static constexpr int64_t kVectors = 4;
   static constexpr int64_t kGroup = kVectors * V::kLanes;
   static constexpr int64_t kChunk = (16 << 10) / sizeof(T);  // points whose distances are looked at together
-  static constexpr int64_t kTogether = 4;                    // queries that share loads of points
+  // Rows of distances and minima stand a line further apart than a power of two, which the cache likes better.
+  static constexpr int64_t kRow = kChunk + 64 / sizeof(T), kMinimaRow = kChunk / kVectors + 64 / sizeof(T);
+  static constexpr int64_t kTogether = 4;  // queries that share loads of points
 
   // A sweep is the queries that share a chunk while it is in cache. A task does many, one after another, with the same
   // memory for candidates.
-  static int64_t Sweep(const Search<T>& s) { return s.K <= 128 ? 32 : kTogether; }
+  static int64_t Sweep(const Search<T>& s) { return s.P > kChunk && s.K <= 128 ? 32 : kTogether; }
   static int64_t Sweeps(const Search<T>& s) { return Ceil(s.Q, Sweep(s)); }
   static int64_t Capacity(const Search<T>& s) { return Ceil(Min(2 * s.K, s.P) + 64, 64) * 64; }
   static int64_t CandidateBytes(const Search<T>& s) {
@@ -248,7 +255,7 @@ struct Searcher {
   // Phase 2.
 
   static int64_t Tasks(const Search<T>& s) {
-    constexpr int64_t kMost = 1024, kMostBytes = 64 << 20;
+    constexpr int64_t kMost = 256, kMostBytes = 64 << 20;
     const int64_t fit = kMostBytes / CandidateBytes(s);
     return Min(Count(s.batch) * Sweeps(s), fit < 1 ? 1 : Min(fit, kMost));
   }
@@ -265,8 +272,8 @@ struct Searcher {
 
   // Distances of N queries to all points in `groups` groups.
   template <int N>
-  static void Distances(const T* group, int64_t groups, const T* const* q, T* dists /*[N, kChunk]*/,
-                        T* minima /*[N, kChunk / kVectors]*/) {
+  static void Distances(const T* group, int64_t groups, const T* const* q, T* dists /*[N, kRow]*/,
+                        T* minima /*[N, kMinimaRow]*/) {
     Vec3<V> queries[N];
     for (int i = 0; i < N; ++i) {
       queries[i] = {V::Broadcast(q[i][0]), V::Broadcast(q[i][1]), V::Broadcast(q[i][2])};
@@ -280,11 +287,11 @@ struct Searcher {
         const auto m = LoadParameters(at);
         for (int i = 0; i < N; ++i) {
           const V dist = Metric<V>::Distance(m, queries[i] - p);
-          dist.Store(dists + i * kChunk + g * kGroup + v * V::kLanes);
+          dist.Store(dists + i * kRow + g * kGroup + v * V::kLanes);
           minimum[i] = Min(dist, minimum[i]);
         }
       }
-      for (int i = 0; i < N; ++i) minimum[i].Store(minima + i * (kChunk / kVectors) + g * V::kLanes);
+      for (int i = 0; i < N; ++i) minimum[i].Store(minima + i * kMinimaRow + g * V::kLanes);
     }
   }
 
@@ -295,26 +302,50 @@ struct Searcher {
     Candidates<T> candidates[32];
     T* spare_dist;
     int32_t* spare_idx;
-    alignas(64) T dists[kTogether * kChunk];
-    alignas(64) T minima[kTogether * kChunk / kVectors];
+    alignas(64) T dists[kTogether * kRow];
+    alignas(64) T minima[kTogether * kMinimaRow];
   };
 
   static void Take(const T* dists, const T* minima, int64_t groups, int64_t first_point, int64_t K, Work& work,
                    Candidates<T>& c) {
     if (c.bound == Limits<T>::kMax) c.bound = FindBound(minima, groups * V::kLanes, K);
-    for (int64_t g = 0; g < groups; ++g) {
-      uint32_t lanes = LessEqualMask(V::Load(minima + g * V::kLanes), V::Broadcast(c.bound));
-      for (; lanes != 0; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        if (c.n + kVectors > work.capacity) Compact(c, work.capacity, K, work.spare_dist, work.spare_idx);
-        for (int v = 0; v < kVectors; ++v) {  // writes all, counts what is within
-          const T dist = dists[g * kGroup + v * V::kLanes + lane];
-          c.dist[c.n] = dist;
-          c.idx[c.n] = static_cast<int32_t>(first_point + g * kGroup + lane * kVectors + v);
-          c.n += dist <= c.bound;
-        }
+    // Lanes of minima within the bound. Most words have few: storing kUsual unasked spares branches that would be
+    // mispredicted, and what is stored in excess is overwritten.
+    constexpr int kUsual = 3;
+    uint16_t hits[kChunk / kVectors + kUsual];
+    int64_t num_hits = 0;
+    for (int64_t i = 0; i < groups * V::kLanes; i += 64) {
+      uint64_t word = 0;
+      for (int l = 0; l < 64 && i + l < groups * V::kLanes; l += V::kLanes) {
+        word |= static_cast<uint64_t>(LessEqualMask(V::Load(minima + i + l), V::Broadcast(c.bound))) << l;
+      }
+      const int64_t num = num_hits + __builtin_popcountll(word);
+      const auto store = [&] {
+        hits[num_hits++] = static_cast<uint16_t>(i + (word == 0 ? 0 : __builtin_ctzll(word)));
+        word &= word - 1;
+      };
+      for (int l = 0; l < kUsual; ++l) store();
+      while (word != 0) store();
+      num_hits = num;
+    }
+    int64_t n = c.n;
+    T bound = c.bound;
+    for (int64_t h = 0; h < num_hits; ++h) {
+      if (n + kVectors > work.capacity) {
+        c.n = n;
+        Compact(c, work.capacity, K, work.spare_dist, work.spare_idx);
+        n = c.n;
+        bound = c.bound;
+      }
+      const int64_t group = hits[h] / V::kLanes * kGroup, lane = hits[h] % V::kLanes;
+      for (int v = 0; v < kVectors; ++v) {  // writes all, counts what is within
+        const T dist = dists[group + v * V::kLanes + lane];
+        c.dist[n] = dist;
+        c.idx[n] = static_cast<int32_t>(first_point + group + lane * kVectors + v);
+        n += dist <= bound;
       }
     }
+    c.n = n;
   }
 
   // Fills slots from `n` on: points at +inf, then at NaN, then −1.
@@ -349,8 +380,7 @@ struct Searcher {
           Distances<kTogether>(packed, groups, at, work.dists, work.minima);
         }
         for (int64_t k = 0; k < Min(kTogether, queries - i); ++k) {
-          Take(work.dists + k * kChunk, work.minima + k * (kChunk / kVectors), groups, first, s.K, work,
-               work.candidates[i + k]);
+          Take(work.dists + k * kRow, work.minima + k * kMinimaRow, groups, first, s.K, work, work.candidates[i + k]);
         }
       }
     }

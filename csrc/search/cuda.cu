@@ -12,7 +12,7 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int kWarps = 4;  // of a block; they share tiles of points
+constexpr int kWarps = 8;  // of a block; they share tiles of points
 constexpr int kTile = 256;
 
 // The K smallest distances of one query: rows of 32, ascending along lanes and then rows. Empty places are +inf, −1.
@@ -97,8 +97,11 @@ __device__ __noinline__ void AppendNonFinite(Vec3<T> query, const T* p, const T*
   }
 }
 
+// Registers are capped so that 32 warps fit on a multiprocessor where lists are short: waiting for insertions is what
+// has to be hidden.
 template <class M, class T, int kRows, int kQueries>
-__global__ void __launch_bounds__(kWarps* kWarp) SearchKernel(const Search<T> args, int64_t blocks_per_entry) {
+__global__ void __launch_bounds__(kWarps* kWarp, sizeof(T) == 4 && kRows == 1 ? 4 : 2)
+    SearchKernel(const Search<T> args, int64_t blocks_per_entry) {
   // A point's scalars lie together; their number is odd, so lanes that read one scalar of 32 points hit 32 banks.
   __shared__ T tile[kTile * kScalars<M>];
 
@@ -184,14 +187,12 @@ cudaError_t Launch(const Search<T>& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Queries a warp: as many as registers hold beside their lists.
 template <class M, class T>
 cudaError_t LaunchForK(const Search<T>& args, cudaStream_t stream) {
-  constexpr int kWide = sizeof(T) == 4 ? 8 : 4;
-  if (args.K <= kWarp) return Launch<M, T, 1, kWide>(args, stream);
-  if (args.K <= 2 * kWarp) return Launch<M, T, 2, kWide>(args, stream);
-  if (args.K <= 4 * kWarp) return Launch<M, T, 4, kWide / 2>(args, stream);
-  return Launch<M, T, 8, kWide / 4>(args, stream);
+  if (args.K <= kWarp) return Launch<M, T, 1, 4>(args, stream);
+  if (args.K <= 2 * kWarp) return Launch<M, T, 2, 4>(args, stream);
+  if (args.K <= 4 * kWarp) return Launch<M, T, 4, 2>(args, stream);
+  return Launch<M, T, 8, 2>(args, stream);
 }
 
 }  // namespace
