@@ -39,6 +39,9 @@ def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, .
 
     d = jnp.where(exists[:, :, None], q[:, None, :] - take(p), jnp.zeros((), q.dtype))
     taken = [take(a) for a in parameters]
+    # A neighbour at distance +inf has weight 0 and no derivatives, which would be 0·inf: from here on it is an empty slot.
+    exists = exists & (metric.distance(d, *taken[: len(metric.search_ndims)]) != jnp.inf)
+    d = jnp.where(exists[:, :, None], d, jnp.zeros((), q.dtype))
     dists = metric.distance(d, *taken[: len(metric.search_ndims)])
     w = jnp.where(exists, jnp.exp(-metric.exponent(dists, *taken)), jnp.zeros((), q.dtype))
     f_out = jnp.einsum("qk,qkf->qf", w, take(f).astype(w.dtype), precision="highest").astype(f.dtype)

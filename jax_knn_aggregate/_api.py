@@ -127,16 +127,14 @@ def knn_aggregate_aniso_lookup(
     K = _checks.neighbours(K, jnp.shape(knn_table)[-1], "the width of knn_table")
     lengths = _checks.lengths(p_lengths, batch, P)
     table = _checks.indices("knn_table", knn_table, P)[..., :K]
-    table = jnp.where(table < jnp.reshape(lengths, lengths.shape + (1, 1)), table, jnp.int32(-1))
     nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation)[..., 0]
 
     def rows(table: jax.Array, nearest: jax.Array) -> jax.Array:
         return table.at[nearest].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
 
-    for axes in [(None if n == 1 else 0, 0) for n in table.shape[: len(batch)]]:
-        table = table.squeeze(0) if axes[0] is None else table
-        rows = jax.vmap(rows, in_axes=axes)
-    return _result(ANISOTROPIC, (q, p, f, sigma, R), rows(table, nearest), implementation)
+    idxs = (jax.vmap(rows) if table.ndim == 3 else rows)(table, nearest)
+    idxs = jnp.where(idxs < lengths[..., None, None], idxs, jnp.int32(-1))
+    return _result(ANISOTROPIC, (q, p, f, sigma, R), idxs, implementation)
 
 
 def knn_aggregate_aniso_precomputed(
@@ -198,7 +196,8 @@ def build_knn_table(p: Any, K: int, *, p_lengths: Any = None, implementation: st
     K = _checks.neighbours(K, P, "the number of points P")
     lengths = _checks.lengths(p_lengths, batch, P)
     idxs = search(ISOTROPIC, p, p, (), lengths, K, implementation)
-    exists = jnp.arange(P, dtype=jnp.int32)[:, None] < jnp.reshape(lengths, lengths.shape + (1, 1))
+    rows = jnp.arange(P, dtype=jnp.int32).reshape((1,) * len(batch) + (P, 1))
+    exists = rows < lengths[..., None, None]
     return jnp.where(exists, idxs, jnp.int32(-1))
 
 

@@ -197,11 +197,19 @@ struct Aggregator {
       Pair<T> value = {0, 0};  // D and e, or their tangents
       T w = 0, w_value = 0;
       PairFactors<T> factors = {0, 0, 0, 0};
-      const bool exists = j >= 0 && j < args.P;
+      bool exists = j >= 0 && j < args.P;
+      Parameters m = {};
+      Vec3<T> d = {0, 0, 0};
       if (exists) {
-        const Parameters m = points.Load(j);
-        const Vec3<T> d = Difference(queries.q, points.p, i, j);
+        m = points.Load(j);
+        d = Difference(queries.q, points.p, i, j);
         value = M::Value(m, d);
+        if (role != AggregateRole::kValue && value.dist == static_cast<T>(HUGE_VAL)) {
+          exists = false;
+          value = {0, 0};
+        }
+      }
+      if (exists) {
         w = w_value = Exp(-value.exponent);
         Parameters dm = {};
         if constexpr (kTangents) {
@@ -221,7 +229,7 @@ struct Aggregator {
           } else {
             factors = SecondOrderFactors(w, dot(points.f), ct_w, ct_d, dot(points.v_f), value.exponent);
           }
-          if (args.q_bar != nullptr) {
+          if (args.q_bar != nullptr && HasMetricTerms(factors)) {
             Parameters unused = {};
             Accumulate(q_bar, Gradient(points, queries, i, j, m, dm, factors, unused));
           }
@@ -345,6 +353,7 @@ struct Aggregator {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t slot = cursor.Seek(order[n]), i = cursor.QueryOf(slot);
       if (n + kAhead < num_pairs) cursor.PrefetchFactors(order[n + kAhead]);
+      if (!HasMetricTerms(cursor.factors[slot])) continue;
       Accumulate(d_bar, Gradient(points, cursor.queries, i, j, m, dm, cursor.factors[slot], m_bar));
     }
     if (args.p_bar != nullptr) Store3(Vec3<T>{0, 0, 0} - d_bar, args.p_bar + 3 * at);

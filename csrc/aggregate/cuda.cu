@@ -147,6 +147,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) QueryKernel(const Aggregate<T, 
     d = query - Load3(p + 3 * int64_t{j});
     m = LoadParameters<M>(sigma, R, j);
     value = M::Value(m, d);
+    if (kOrder != Order::kZeroth && value.dist == T(INFINITY)) {
+      j = -1;
+      return;
+    }
     w = Exp(-value.exponent);
     if constexpr (kSecond) {
       dd = v_query - Load3If(v_p, j);
@@ -178,12 +182,14 @@ __global__ void __launch_bounds__(kWarps* kWarp) QueryKernel(const Aggregate<T, 
                                          ? SecondOrderFactors(w, b_pair, ct_w_pair, ct_d_pair, a_pair, tangent.exponent)
                                          : FirstOrderFactors(w, b_pair, ct_w_pair, ct_d_pair);
       if (args.factors != nullptr) args.factors[row * args.K + k] = factors;
-      if (args.q_bar != nullptr) {
+      if (args.q_bar != nullptr && HasMetricTerms(factors)) {
         typename M::Parameters unused = {};
         const Pair<T> c = {factors.dist, factors.exponent};
         Accumulate(q_bar,
                    kSecond ? M::SecondGradient(m, d, dd, dm, factors.a_e, c, unused) : M::Gradient(m, d, c, unused));
       }
+    } else if (args.factors != nullptr && lane < count) {
+      args.factors[row * args.K + k] = {0, 0, 0, 0};
     }
   }
 
@@ -276,6 +282,7 @@ __global__ void __launch_bounds__(kPointWarps* kWarp)
       int64_t b, i;
       query_of(list, n, b, i);
       const PairFactors<T> factors = args.factors[(b * args.Q + i) * args.K + n % args.K];
+      if (!HasMetricTerms(factors)) continue;
       const Vec3<T> d = Load3(At(args.q, args.batch, b) + 3 * i) - point;
       const Pair<T> c = {factors.dist, factors.exponent};
       if constexpr (kSecond) {

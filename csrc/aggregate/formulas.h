@@ -18,6 +18,9 @@
 // In the cotangents:  ḡ = Σ_k w (ḟ − s_e f)   γ̄ = −w s_e   δ̄ = s_D      (J v: the same as forward mode)
 // In the features:    f̄ += −w s_e g
 // In the rest, through the metric, the gradient of  −w (a − A s_e) e + δ s_D − w A s_e  with the factors held fixed.
+//
+// A neighbour at distance +inf (an overflow, or an infinite coordinate) has weight 0 and, at every order, derivative 0:
+// the products above would be 0·inf. Kernels leave it out of all derivatives, with factors 0.
 
 #ifndef KNN_AGGREGATE_FORMULAS_H_
 #define KNN_AGGREGATE_FORMULAS_H_
@@ -38,6 +41,12 @@ struct alignas(4 * sizeof(T)) PairFactors {
 }  // namespace knn
 
 namespace knn::KNN_ISA {
+
+// Whether the pair adds anything through the metric. NaN does.
+template <class T>
+KNN_FN bool HasMetricTerms(const PairFactors<T>& factors) {
+  return !(factors.a_e == 0 && factors.dist == 0 && factors.exponent == 0);
+}
 
 // b is ⟨g, f⟩.
 template <class T>
