@@ -1,4 +1,4 @@
-"""Benchmarks. ``python -m benchmarks`` runs them on the device at hand and writes JSON under ``benchmarks/results/``."""
+"""Benchmarks. ``python -m benchmarks`` runs them on the device at hand and writes JSON under ``results/``."""
 
 import pathlib
 import sys

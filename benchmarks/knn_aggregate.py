@@ -82,5 +82,6 @@ def run(rounds: int) -> dict[str, Any]:
             ours, *rest = (times[who]["median_ms"] for who in contestants)
             out["ms"][name][column] = times
             out["times_faster_than_plain_JAX"][name][column] = min(rest) / ours
-            print(f"W1 {name:8} {column:9} {ours:9.3f} ms   plain JAX {min(rest):9.3f} ms   {min(rest) / ours:6.1f} times")
+            text = f"{ours:9.3f} ms   plain JAX {min(rest):9.3f} ms   {min(rest) / ours:6.1f} times"
+            print(f"W1 {name:8} {column:9} {text}", flush=True)
     return out

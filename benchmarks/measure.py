@@ -24,8 +24,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def medians(contestants: Mapping[str, Callable[[], Any]], rounds: int, chain: int) -> dict[str, dict[str, float]]:
     """Milliseconds per call of each contestant: median, minimum and maximum over ``rounds``.
 
-    Contestants take turns, so that a machine whose speed drifts is fair to all. Each turn is ``chain`` calls with one wait
-    at the end: where a call takes the device longer than the host needs to launch it, that is device time.
+    Contestants take turns, so that a machine whose speed drifts is fair to all. Each turn is ``chain`` calls with one
+    wait at the end: where a call takes the device longer than the host needs to launch it, that is device time.
     """
     for call in contestants.values():
         jax.block_until_ready(call())

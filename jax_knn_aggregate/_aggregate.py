@@ -9,6 +9,7 @@ derivatives that the kernels compute stands in ``csrc/aggregate/formulas.h``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, .
 
     d = jnp.where(exists[:, :, None], q[:, None, :] - take(p), jnp.zeros((), q.dtype))
     taken = [take(a) for a in parameters]
-    # A neighbour at distance +inf has weight 0 and no derivatives, which would be 0·inf: from here on it is an empty slot.
+    # A neighbour at distance +inf has weight 0 and no derivatives, which would be 0·inf: from here it is an empty slot.
     exists = exists & (metric.distance(d, *taken[: len(metric.search_ndims)]) != jnp.inf)
     d = jnp.where(exists[:, :, None], d, jnp.zeros((), q.dtype))
     dists = metric.distance(d, *taken[: len(metric.search_ndims)])
@@ -56,7 +57,7 @@ def _bits(values: Any) -> np.int32:
     return np.int32(sum(1 << i for i, v in enumerate(values) if v is not None))
 
 
-def _present(*groups: Sparse) -> list[Any]:
+def _present(*groups: tuple[Any, ...]) -> list[Any]:
     return [a for group in groups for a in group if a is not None]
 
 
@@ -178,7 +179,12 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
 
 
 def _make(metric: Metric) -> Family:
-    kernels = {"value": _value_kernel, "jvp": _jvp_kernel, "vjp": _vjp_kernel, "vjp_vjp": _vjp_vjp_kernel}
+    kernels: dict[str, Callable[..., Any]] = {
+        "value": _value_kernel,
+        "jvp": _jvp_kernel,
+        "vjp": _vjp_kernel,
+        "vjp_vjp": _vjp_vjp_kernel,
+    }
     return Family(
         metric.name,
         reference=functools.partial(_reference, metric),
@@ -196,4 +202,5 @@ def aggregate(
     metric: Metric, x: Operands, idxs: jax.Array, implementation: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """f_out (..., Q, F), w_out (..., Q, K) and dists (..., Q, K) for x = (q, p, f, *parameters), idxs (..., Q, K)."""
-    return _FAMILIES[metric](*x, idxs, implementation=implementation)
+    f_out, w_out, dists = _FAMILIES[metric](*x, idxs, implementation=implementation)
+    return f_out, w_out, dists

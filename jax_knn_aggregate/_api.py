@@ -1,8 +1,8 @@
 """The public functions: what they take, what they return, and nothing of how it is computed.
 
 The distance of query q to point k is ``dist = Σ_i sigma_ki (R_k (q − p_k))_i²`` and its weight ``w = exp(−dist)``:
-sigma multiplies a squared length, so it is a precision, in 1 / length²; there is no ½ and no normalisation. R maps world
-to local and need not be orthonormal; sigma may be any real number. The maths is that of the CUDA extension
+sigma multiplies a squared length, so it is a precision, in 1 / length²; there is no ½ and no normalisation. R maps
+world to local and need not be orthonormal; sigma may be any real number. The maths is that of the CUDA extension
 *CUDA-kNN-Aniso-Gaussian-Feature-Aggregation* (2024), with every derivative filled in.
 """
 
@@ -109,9 +109,9 @@ def knn_aggregate_aniso_lookup(
     """As ``knn_aggregate_aniso``, but with neighbours from a table: those of the nearest point by Euclidean distance.
 
     Args:
-      knn_table: (P, K') or (B, P, K') integers of any dtype, K' >= K, as ``build_knn_table`` makes it; a query takes the
-        first K entries of the row of its nearest point. Entries outside [0, P), or naming a point that does not exist,
-        mean "no neighbour".
+      knn_table: (P, K') or (B, P, K') integers of any dtype, K' >= K, as ``build_knn_table`` makes it; a query takes
+        the first K entries of the row of its nearest point. Entries outside [0, P), or naming a point that does not
+        exist, mean "no neighbour".
       The others as in ``knn_aggregate_aniso``.
 
     Returns:

@@ -139,14 +139,14 @@ def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:
     return jnp.asarray(xp.where(low > P, xp.full_like(low, P), low).astype(np.int32))
 
 
-def shape_of(name: str, a: Any, batch: tuple[int, ...], core: dict[str, int | None], *, may_share: bool = False) -> None:
+def shape_of(
+    name: str, a: Any, batch: tuple[int, ...], core: dict[str, int | None], *, may_share: bool = False
+) -> None:
     """Checks an integer array's shape: the batch shape, then ``core`` sizes by letter (None for any)."""
     tail = tuple(core.values())
     shape = np.shape(a)
     fits = [b for b in ((batch, ()) if may_share else (batch,)) if len(shape) == len(b) + len(tail)]
-    ok = any(
-        all(want is None or n == want for n, want in zip(shape, b + tail, strict=True)) for b in fits
-    )
+    ok = any(all(want is None or n == want for n, want in zip(shape, b + tail, strict=True)) for b in fits)
     if not ok:
         expected = " or ".join(
             _text(tuple(b) + tuple(k if n is None else n for k, n in core.items()))

@@ -1,4 +1,4 @@
-"""``jax-knn-aggregate doctor``: what is installed, which kernels there are, and whether they compute what they should."""
+"""``jax-knn-aggregate doctor``: what is installed, which kernels there are, and whether their results are right."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def main() -> int:
         print(f"kernels registered for {name}: {', '.join(targets) if targets else 'none'}")
     ok = True
     for device in _devices():
-        error = _self_check(device)
-        ok &= error < 1e-4
+        off = _self_check(device)
+        ok &= off < 1e-4
         kernels = "kernels" if _ffi.available("aniso_value", _platform(device)) else "pure JAX"
-        print(f"{device}: {kernels}, Eikonal gradient off by {error:.1e}: {'ok' if error < 1e-4 else 'WRONG'}")
+        print(f"{device}: {kernels}, Eikonal gradient off by {off:.1e}: {'ok' if off < 1e-4 else 'WRONG'}")
     return 0 if ok else 1
 
 
@@ -59,7 +59,8 @@ def _self_check(device: jax.Device) -> float:
     def step(implementation: str | None) -> tuple[jax.Array, ...]:
         def loss(x: tuple[jax.Array, ...]) -> jax.Array:
             def sdf(q: jax.Array) -> jax.Array:
-                return jka.knn_aggregate_aniso(q, *x[1:], 8, implementation=implementation).f_out.sum()
+                _, p, f, sigma, R = x
+                return jka.knn_aggregate_aniso(q, p, f, sigma, R, 8, implementation=implementation).f_out.sum()
 
             return jnp.square(jnp.linalg.norm(jax.grad(sdf)(x[0]), axis=-1) - 1).mean()
 

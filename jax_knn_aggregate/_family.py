@@ -188,8 +188,9 @@ class Family:
     ) -> list[jax.Array]:
         x, aux, ct, v = self._groups(operands, outs, along)
         shapes = self._kept_shapes(operands, want_x + want_ct, keep, outs=outs, along=along)
-        shapes_x, shapes_ct = shapes[: sum(want_x)], shapes[sum(want_x) :]
-        wide = [jnp.broadcast_to(a, _common(a, s)) for a, s in zip(_pick(x, want_x), shapes_x, strict=True)]
+        wide = [
+            jnp.broadcast_to(a, _common(a, s)) for a, s in zip(_pick(x, want_x), shapes[: sum(want_x)], strict=True)
+        ]
 
         def f(*wide: jax.Array) -> tuple[jax.Array, ...]:
             it = iter(wide)
@@ -223,10 +224,10 @@ class Family:
     def _outputs(self, *avals: Any, **p: Any) -> list[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the results of the primitive that has these masks."""
         x, aux = self._groups(avals)
-        if "keep" not in p:  # value, jvp
+        wanted = _wanted(**p)
+        if wanted is None:
             full = batch_shape(avals, self._ndims(**p))
             return [jax.ShapeDtypeStruct(full + o.shape, o.dtype) for o in self._core_outputs(x, aux)]
-        wanted = p["wrt"] if "wrt" in p else p["want_x"] + p["want_ct"]
         dtypes = [a.dtype for a in x]
         if len(wanted) > len(x):
             dtypes += [o.dtype for o in self._core_outputs(x, aux)]
@@ -267,7 +268,7 @@ class Family:
     def _vjp_jvp_rule(
         self, primals: Any, tangents: Any, *, wrt: Mask, outs: Mask, keep: Keep, implementation: str | None
     ) -> Any:
-        x, aux, ct = self._groups(primals, outs)
+        x, aux, _ = self._groups(primals, outs)
         dx, _, dct = self._groups(tangents, outs)
         tx = _nonzero(dx)
         tc = tuple(d is not None and not _is_zero(d) for d in dct)
@@ -275,7 +276,9 @@ class Family:
         if not any(tx) and not any(tc):
             return bars, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in bars]
         if not any(tx):  # vjp is linear in ct
-            dbars = bind(self.vjp, *x, *aux, *_pick(dct, tc), wrt=wrt, outs=tc, keep=keep, implementation=implementation)
+            dbars = bind(
+                self.vjp, *x, *aux, *_pick(dct, tc), wrt=wrt, outs=tc, keep=keep, implementation=implementation
+            )
         else:
             dbars = bind(
                 self.vjp_jvp,
@@ -300,7 +303,7 @@ class Family:
         want = tuple(ad.is_undefined_primal(c) for c in ct)
         if any(along):
             dy = bind(self.jvp, *x, *aux, *_pick(v, along), wrt=along, implementation=implementation)
-            bars = [fit(d, c.aval.shape) for d, c in zip(_pick(dy, want), _pick(ct, want), strict=True)]
+            bars: list[Any] = [fit(d, c.aval.shape) for d, c in zip(_pick(dy, want), _pick(ct, want), strict=True)]
         else:
             bars = [ad.Zero(c.aval) for c in _pick(ct, want)]
         return [None] * (len(x) + len(aux)) + _pick(_spread(bars, want), outs)
@@ -360,8 +363,7 @@ class Family:
         ndims = self._ndims(**p)
         outputs = self._outputs(*operands, **p)
         depth = operands[0].ndim - ndims[0]
-        batches = [a.shape[:depth] for a in (*operands, *outputs)]
-        batches, full = merged(batches)
+        batches, full = merged([a.shape[:depth] for a in operands] + [o.shape[:depth] for o in outputs])
         if len(full) > MAX_BATCH_AXES:
             return None
         operands = tuple(
@@ -371,7 +373,7 @@ class Family:
             jax.ShapeDtypeStruct(b + o.shape[depth:], o.dtype)
             for o, b in zip(outputs, batches[len(operands) :], strict=True)
         ]
-        wanted = p["wrt"] if "keep" in p and "wrt" in p else p["want_x"] + p["want_ct"] if "keep" in p else None
+        wanted = _wanted(**p)
         got = kernel(
             platform,
             full,
@@ -391,6 +393,13 @@ def _operand_masks(**p: Any) -> list[str]:
     if "outs" not in p:
         return ["wrt"] if "wrt" in p else []  # jvp: dx; value: none
     return [key for key in ("outs", "along", "tx", "tc") if key in p]
+
+
+def _wanted(**p: Any) -> Mask | None:
+    """Which of x_bar (and ct_bar behind them) a primitive returns; None where it returns all of y."""
+    if "keep" not in p:
+        return None
+    return p["wrt"] if "wrt" in p else p["want_x"] + p["want_ct"]
 
 
 def _common(a: Any, b: Any) -> Shape:

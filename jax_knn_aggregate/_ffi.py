@@ -65,9 +65,7 @@ def available(target: str, platform: str) -> bool:
     return target in TARGETS.get(platform, frozenset())
 
 
-def call(
-    target: str, results: Sequence[jax.ShapeDtypeStruct], **attributes: Any
-) -> Callable[..., Sequence[jax.Array]]:
+def call(target: str, results: Sequence[jax.ShapeDtypeStruct], **attributes: Any) -> Callable[..., Sequence[jax.Array]]:
     """A function of arrays that calls ``target``; attributes are NumPy scalars of the exact type the kernel expects."""
     return functools.partial(jax.ffi.ffi_call(PREFIX + target, list(results)), **attributes)
 

@@ -1,4 +1,4 @@
-"""One factory for every primitive of the package: evaluation, shapes, vmap, and the choice between kernel and reference.
+"""One factory for every primitive of the package: evaluation, shapes, vmap, the choice of kernel or reference.
 
 The derivative rules are not here: ``_family.py`` adds them.
 """
@@ -54,9 +54,7 @@ def make_primitive(
 
     def abstract_eval(*avals: Any, implementation: str | None, **params: Any) -> list[Any]:
         # From an operand's aval, so that what else it carries (varying manual axes) is kept; bind() made them agree.
-        return [
-            avals[0].update(shape=o.shape, dtype=o.dtype, weak_type=False) for o in outputs(*avals, **params)
-        ]
+        return [avals[0].update(shape=o.shape, dtype=o.dtype, weak_type=False) for o in outputs(*avals, **params)]
 
     p.def_abstract_eval(abstract_eval)
 

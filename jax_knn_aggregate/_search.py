@@ -66,9 +66,7 @@ def _kernel(metric: Metric, platform: str, *operands: jax.Array, K: int) -> list
     batches, full = merged([a.shape[: a.ndim - n] for a, n in zip(operands, ndims, strict=True)])
     if len(full) > MAX_BATCH_AXES:
         return None
-    operands = tuple(
-        a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True)
-    )
+    operands = tuple(a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True))
     (idxs,) = _ffi.call(target, [jax.ShapeDtypeStruct(full + out.shape[-2:], jnp.int32)])(*operands)
     return [idxs.reshape(out.shape)]
 

@@ -1,0 +1,26 @@
+"""Every Python block of README and docs runs as it stands, a file's blocks one after another."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(autouse=True)
+def _readers_settings():
+    """JAX as a reader has it, not as conftest sets it."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_python_blocks_run(path):
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), names)
+    assert blocks or path.name != "README.md"

@@ -1,0 +1,111 @@
+"""Which kernels a computation launches, and what it never holds in memory."""
+
+import math
+import re
+
+import helpers
+import jax
+import pytest
+
+import jax_knn_aggregate as jka
+
+Q, P, F, K = 13, 17, 7, 5
+ARGUMENTS = helpers.ARGUMENTS
+
+
+@pytest.fixture(params=helpers.METRICS)
+def problem(request, rng):
+    metric = request.param
+    return metric, helpers.tree(helpers.cloud(rng, metric, Q, P, F))
+
+
+def calls(fn, x):
+    """How often the lowered module calls each target of the package."""
+    text = jax.jit(fn).lower(*x).as_text()
+    names = re.findall(r"custom_call @jax_knn_aggregate\.(\w+)", text)
+    return {n: names.count(n) for n in set(names)}
+
+
+def steps(metric, implementation=None):
+    op = helpers.outputs(metric, K, implementation)
+    every = range(len(ARGUMENTS[metric]))
+    return {
+        "value": op,
+        "gradient": jax.grad(lambda *x: helpers.total(op(*x)), every),
+        "Eikonal": jax.value_and_grad(helpers.eikonal(op), every),
+    }
+
+
+WANTED = {
+    "value": {"search": 1, "value": 1},
+    "gradient": {"search": 1, "value": 1, "vjp": 1},
+    "Eikonal": {"search": 1, "value": 1, "vjp": 2, "vjp_vjp": 1},
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_primitives(name, problem):
+    """On every path: derivatives never search again, and need no more than these."""
+    metric, x = problem
+    for implementation in (None, "xla", "ffi"):
+        got = helpers.primitives(steps(metric, implementation)[name], *x)
+        assert got == {f"{metric}_{role}": n for role, n in WANTED[name].items()}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_kernels(name, problem, kernels):
+    metric, x = problem
+    got = calls(steps(metric)[name], x)
+    helping = {n for n in got if n not in {f"{metric}_{r}" for r in ("search", "value", "vjp", "vjp_vjp", "jvp")}}
+    assert {n: c for n, c in got.items() if n not in helping} == {
+        f"{metric}_{role}": n for role, n in WANTED[name].items()
+    }
+    assert helping <= {"invert"}
+    assert not calls(steps(metric, "xla")[name], x), "implementation='xla' calls kernels"
+
+
+def test_the_inner_gradient_is_for_queries_alone(problem):
+    """The first vjp of an Eikonal step computes one gradient, the second the rest."""
+    metric, x = problem
+    eqns = helpers.equations(jax.make_jaxpr(jax.jit(steps(metric)["Eikonal"]))(*x))
+    wrt = [e.params["wrt"] for e in eqns if e.primitive.name == f"{metric}_vjp"]
+    queries = tuple(n == "q" for n in ARGUMENTS[metric])
+    assert sorted(wrt, key=sum)[0] == queries
+    assert len(wrt) == 2
+
+
+def test_only_queries_moving(problem):
+    """What only moves queries asks no kernel for anything of the points."""
+    metric, x = problem
+    op = helpers.outputs(metric, K)
+    eqns = helpers.equations(jax.make_jaxpr(jax.grad(helpers.eikonal(op)))(*x))
+    for e in eqns:
+        if e.primitive.name == f"{metric}_vjp":
+            assert e.params["wrt"] == tuple(n == "q" for n in ARGUMENTS[metric])
+        if e.primitive.name == f"{metric}_vjp_vjp":
+            assert e.params["want_x"] == tuple(n == "q" for n in ARGUMENTS[metric])
+
+
+def test_kernels_hold_no_array_of_all_pairs_or_features(problem, kernels):
+    metric, x = problem
+    for name in ("value", "Eikonal"):
+        text = jax.jit(steps(metric)[name]).lower(*x).as_text()
+        shapes = [tuple(map(int, s.split("x")[:-1])) for s in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)]
+        for shape in shapes:
+            assert math.prod(shape) < Q * K * F, f"{name}: an array of shape {shape}"
+            assert not (Q in shape and P in shape), f"{name}: an array of shape {shape}"
+
+
+def test_entry_points_call_kernels(kernels, rng):
+    x = helpers.tree(helpers.cloud(rng, "aniso", Q, P, F))
+    q, p, _, sigma, R = x
+    table = jka.build_knn_table(p, K)
+    idxs = table[:Q]
+    for fn, want in {
+        lambda *x: jka.knn_search_aniso(q, p, sigma, R, K): {"aniso_search": 1, "aniso_value": 1},
+        lambda *x: jka.knn_search(q, p, K): {"iso_search": 1, "iso_value": 1},
+        lambda *x: jka.build_knn_table(p, K): {"iso_search": 1},
+        lambda *x: jka.knn_aggregate_aniso_lookup(*x, table, K): {"iso_search": 1, "aniso_value": 1},
+        lambda *x: jka.knn_aggregate_aniso_precomputed(*x, idxs): {"aniso_value": 1},
+    }.items():
+        assert calls(fn, x) == want
