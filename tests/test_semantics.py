@@ -329,19 +329,24 @@ def test_infinite_coordinates(metric, implementation, rng):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 def test_a_far_neighbour_does_not_spoil_gradients(metric, implementation, rng):
-    """A neighbour whose float32 distance overflows has weight 0, and so no part in the gradient of f_out."""
+    """A neighbour whose float32 distance overflows has weight 0, and so no part in the gradient of f_out or w_out."""
     Q, P, K = 5, 6, 6
     x = helpers.cloud(rng, metric, Q, P, 2, dtype=np.float32)
     x[1][[1, 4]] *= np.float32(1e20)
     got = helpers.jitted(metric, K, implementation)(x)
     assert (np.isposinf(got.dists).sum(-1) == 2).all()
-    ct, _ = helpers.cotangents(rng, metric, x, K)
+    ct, v = helpers.cotangents(rng, metric, x, K)
     ct = {n: ct[n] for n in ("f_out", "w_out")}
     op = helpers.outputs(metric, K, implementation)
-    bars = helpers.quick_jit(lambda x, ct: helpers.first(metric, op, x, ct))(x, ct)
+    first, second = helpers.quick_jit(
+        lambda x, ct, v: (helpers.first(metric, op, x, ct), helpers.second(metric, op, x, ct, v))
+    )(x, ct, v)
     want = helpers.oracle_first(metric, x, np.asarray(got.idxs), ct)
-    for name in bars:
-        helpers.assert_close(bars[name], want[name], 1e-4, name)
+    for name in first:
+        helpers.assert_close(first[name], want[name], 1e-4, name)
+    want = helpers.oracle_second(metric, x, np.asarray(got.idxs), ct, v)
+    for name in second:
+        helpers.assert_close(second[name], want[name], 2e-4, f"second order, {name}")
 
 
 # ---- Integers

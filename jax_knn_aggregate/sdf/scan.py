@@ -6,12 +6,14 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import trimesh
+from scipy.spatial import cKDTree
 
 SUFFIXES = (".ply", ".obj", ".off", ".xyz")
+ORIENTED = ("x", "y", "z", "nx", "ny", "nz")
 MIN_POINTS = 16
 
 
@@ -101,7 +103,8 @@ def _from_points(name: str, points: np.ndarray, normals: np.ndarray) -> Scan:
     if len(points) < MIN_POINTS:
         raise ScanError(f"{len(points)} points, at least {MIN_POINTS} are needed")
     centre, diagonal = normalisation(points)
-    lengths = np.linalg.norm(normals, axis=1)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(normals, axis=1)
     bad = ~(np.isfinite(lengths) & (lengths > 0))
     if bad.any():
         raise ScanError(f"{bad.sum()} of {len(bad)} normals are zero, NaN or infinite (first: {bad.argmax()})")
@@ -116,7 +119,7 @@ def _from_points(name: str, points: np.ndarray, normals: np.ndarray) -> Scan:
     return Scan(name, "points", points, normals, centre, diagonal, notes=notes)
 
 
-def _from_geometry(path: Path, geometry: trimesh.Geometry, count: int, rng: np.random.Generator) -> Scan:
+def _from_geometry(path: Path, geometry: Any, count: int, rng: np.random.Generator) -> Scan:
     if not len(getattr(geometry, "faces", ())):
         raise ScanError("no faces, and points without normals")
     faces = np.asarray(geometry.faces)
@@ -131,7 +134,8 @@ def _from_geometry(path: Path, geometry: trimesh.Geometry, count: int, rng: np.r
     notes = []
     if not (mesh.is_watertight and mesh.is_winding_consistent):
         notes.append("the mesh is not closed and consistently oriented: the surface is completed where it is open")
-    if mesh.volume < 0:
+    a, b, c = np.moveaxis(np.asarray(mesh.triangles), 1, 0)
+    if (a * np.cross(b, c)).sum() < 0:  # six volumes; trimesh's own divides by it, and a sheet has none
         mesh.invert()
         notes.append("the faces point inwards: flipped")
     truth = mesh_truth(mesh, rng)
@@ -140,7 +144,6 @@ def _from_geometry(path: Path, geometry: trimesh.Geometry, count: int, rng: np.r
 
 def mesh_truth(mesh: trimesh.Trimesh, rng: np.random.Generator, samples: int = 200_000, candidates: int = 8) -> Truth:
     """Truth of a mesh. Its distances are exact point-triangle ones, to the triangles of the closest surface samples."""
-    from scipy.spatial import cKDTree
 
     def sample(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         points, face = trimesh.sample.sample_surface(mesh, count, seed=rng)
@@ -150,13 +153,17 @@ def mesh_truth(mesh: trimesh.Trimesh, rng: np.random.Generator, samples: int = 2
     tree = cKDTree(points)
 
     def distance(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        near = face[tree.query(x, k=candidates)[1]]  # (M, candidates)
-        closest = trimesh.triangles.closest_point(mesh.triangles[near.ravel()], np.repeat(x, candidates, axis=0))
-        gaps = np.linalg.norm(closest.reshape(len(x), candidates, 3) - x[:, None], axis=-1)
-        best = gaps.argmin(axis=1)[:, None]
-        return (np.take_along_axis(gaps, best, 1)[:, 0], mesh.face_normals[np.take_along_axis(near, best, 1)[:, 0]])
+        return closest_of(mesh, face[tree.query(x, k=candidates)[1]], x)
 
     return Truth(sample, distance)
+
+
+def closest_of(mesh: trimesh.Trimesh, faces: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances (M,) of x (M,3) to the closest of its candidate faces (M,C), and that face's normals (M,3)."""
+    closest = trimesh.triangles.closest_point(mesh.triangles[faces.ravel()], np.repeat(x, faces.shape[1], axis=0))
+    gaps = np.linalg.norm(closest.reshape(*faces.shape, 3) - x[:, None], axis=-1)
+    best = gaps.argmin(axis=1)[:, None]
+    return np.take_along_axis(gaps, best, 1)[:, 0], mesh.face_normals[np.take_along_axis(faces, best, 1)[:, 0]]
 
 
 def _read_xyz(data: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +171,7 @@ def _read_xyz(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a file of comments only; refused below
-            table = np.loadtxt(data.decode("utf-8", "strict").splitlines(), dtype=np.float64, ndmin=2)
+            table = np.loadtxt(data.decode("utf-8-sig").splitlines(), dtype=np.float64, ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
         raise ScanError(f"malformed: {str(error).splitlines()[0]}") from None
     if table.shape[0] == 0:
@@ -176,7 +183,8 @@ def _read_xyz(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     return table[:, :3], table[:, 3:]
 
 
-def _load(path: Path) -> trimesh.Geometry:
+def _load(path: Path) -> Any:
+    """The file as trimesh's mesh or point cloud."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked on the result
@@ -194,7 +202,7 @@ def _check_off(data: bytes) -> None:
     tokens = [line for line in lines if line]
     if not tokens or not tokens[0][0].upper().endswith(b"OFF"):
         raise ScanError("malformed: the header does not start with OFF")
-    body = tokens[0][1:] and [tokens[0][1:], *tokens[1:]] or tokens[1:]
+    body = ([tokens[0][1:]] if tokens[0][1:] else []) + tokens[1:]  # the counts may stand beside OFF
     try:
         vertices, faces = (int(count) for count in body[0][:2])
     except (IndexError, ValueError):
@@ -258,7 +266,7 @@ class _Ply:
         else:
             raise ScanError("no vertices")
         names = [property[0] for property in properties]
-        missing = [column for column in ("x", "y", "z", "nx", "ny", "nz") if column not in names]
+        missing = [column for column in ORIENTED if column not in names]
         if missing:
             raise ScanError(f"points without normals (no faces, and no vertex property {' '.join(missing)})")
         if any(len(property) > 2 for property in properties):
@@ -269,12 +277,13 @@ class _Ply:
                 values = np.loadtxt(lines[at : at + count], dtype=np.float64, ndmin=2, usecols=range(len(names)))
             except ValueError as error:
                 raise ScanError(f"malformed: {str(error).splitlines()[0]}") from None
-            columns = dict(zip(names, values.T))
+            columns = dict(zip(names, values.T, strict=True))
         else:
             record = np.dtype([(name, self.order + code) for name, code in properties])
-            values = np.frombuffer(self.body, record, count, at)
-            columns = {name: values[name].astype(np.float64) for name in names}
-        return (np.stack([columns[c] for c in ("x", "y", "z")], 1), np.stack([columns[c] for c in ("nx", "ny", "nz")], 1))
+            records = np.frombuffer(self.body, record, count, at)
+            columns = {name: records[name].astype(np.float64) for name in names}
+        table = np.stack([columns[name] for name in ORIENTED], axis=1)
+        return table[:, :3], table[:, 3:]
 
     def _check_length(self) -> None:
         if self.encoding == "ascii":
@@ -292,17 +301,17 @@ class _Ply:
     def _size(self, at: int, count: int, properties: list[tuple[str, ...]]) -> int:
         """Bytes of `count` elements that start at `at`; more than there are if the file ends within them."""
         if all(len(property) == 2 for property in properties):
-            return count * sum(np.dtype(code).itemsize for _, code in properties)
+            return count * sum(int(code[1:]) for _, code in properties)
         start = at
         for _ in range(count):
             for _, *codes in properties:
                 length = 1
                 if len(codes) == 2:
-                    width = np.dtype(codes[0]).itemsize
+                    width = int(codes[0][1:])
                     order: Literal["little", "big"] = "big" if self.order == ">" else "little"
                     length = int.from_bytes(self.body[at : at + width], order)
                     at += width
-                at += length * np.dtype(codes[-1]).itemsize
+                at += length * int(codes[-1][1:])
             if at > len(self.body):
                 break
         return at - start
