@@ -43,9 +43,22 @@ def check_api_version(built: tuple[int, int], runtime: tuple[int, int] | None) -
         )
 
 
-def _register() -> dict[str, frozenset[str]]:
-    from . import _ext
+def _extension() -> Any:
+    try:
+        from . import _ext
+    except ImportError as error:
+        here = pathlib.Path(__file__).parent
+        if list(here.glob("_ext*.so")):
+            raise
+        raise ImportError(
+            f"jax_knn_aggregate in {here} has no extension module: it is a source tree, not an installed package. "
+            "Install it (pip install .) and start Python elsewhere, or with -P, so that the installed one is found."
+        ) from error
+    return _ext
 
+
+def _register() -> dict[str, frozenset[str]]:
+    _ext = _extension()
     check_api_version(_ext.ffi_api_version(), _runtime_api_version())
     registered: dict[str, frozenset[str]] = {}
     for platform, targets in _ext.registrations().items():
@@ -72,6 +85,4 @@ def call(target: str, results: Sequence[jax.ShapeDtypeStruct], **attributes: Any
 
 def build_info() -> dict[str, Any]:
     """How the extension was built, for ``jax-knn-aggregate doctor``."""
-    from . import _ext
-
-    return dict(_ext.build_info())
+    return dict(_extension().build_info())
