@@ -45,7 +45,8 @@ def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, .
     d = jnp.where(exists[:, :, None], d, jnp.zeros((), q.dtype))
     dists = metric.distance(d, *taken[: len(metric.search_ndims)])
     w = jnp.where(exists, jnp.exp(-metric.exponent(dists, *taken)), jnp.zeros((), q.dtype))
-    f_out = jnp.einsum("qk,qkf->qf", w, take(f).astype(w.dtype), precision="highest").astype(f.dtype)
+    # Widened before it is gathered, so that the transpose, a scatter, sums in the wider type too.
+    f_out = jnp.einsum("qk,qkf->qf", w, take(f.astype(w.dtype)), precision="highest").astype(f.dtype)
     return f_out, w, jnp.where(exists, dists, jnp.full((), jnp.inf, q.dtype))
 
 

@@ -55,9 +55,10 @@ struct Aggregate {
   PairFactors<T>* factors;         // [Q, K], in full batch; scratch
 };
 
+// Not whether there is scratch: without queries that has no elements, and may be null.
 template <class T, class TF>
 inline bool WantsPoints(const Aggregate<T, TF>& a) {
-  return a.factors != nullptr;
+  return a.p_bar != nullptr || a.f_bar != nullptr || a.sigma_bar != nullptr || a.R_bar != nullptr;
 }
 
 }  // namespace knn

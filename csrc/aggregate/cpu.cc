@@ -281,9 +281,7 @@ struct Aggregator {
   static int64_t Ranges(const Args& args) { return Min(args.P, Ceil(args.P + GroupPairs(args), 4096)); }
 
   static int64_t PointTasks(const Args& args) {
-    const bool wanted =
-        args.p_bar != nullptr || args.f_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
-    return wanted ? Count(args.kept) * Ranges(args) : 0;
+    return WantsPoints(args) ? Count(args.kept) * Ranges(args) : 0;
   }
 
   // Finds the queries and factors of pairs in group set c.
