@@ -62,7 +62,9 @@ def test_eager(implementation, problem):
 
 
 @pytest.mark.parametrize(
-    "size", [(70, 300, 64, 33, (2,)), (5, 1, 1, 1, ()), (1, 64, 33, 16, (3,)), (300, 40, 2, 5, ())], ids=str
+    "size",
+    [(70, 300, 64, 33, (2,)), (5, 1, 1, 1, ()), (1, 64, 33, 16, (3,)), (300, 40, 2, 5, ()), (9, 400, 130, 256, ())],
+    ids=str,
 )
 @pytest.mark.parametrize("metric", helpers.METRICS)
 def test_sizes(metric, size, implementation, problem):
