@@ -1,6 +1,7 @@
 """Short fits from end to end through the command line, on solids whose distance is known."""
 
 # ruff: noqa: E402  (the imports below need the extras)
+import functools
 import json
 
 import numpy as np
@@ -18,9 +19,15 @@ from PIL import Image
 from jax_knn_aggregate.cli import main
 from jax_knn_aggregate.sdf import train
 from jax_knn_aggregate.sdf.model import SignedDistance
+from jax_knn_aggregate.sdf.render import render
 from jax_knn_aggregate.sdf.shapes import SHAPES, shape_scan
 
 SMALL = ["--steps", "60", "--points", "400", "--batch", "256", "--cells", "48"]
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    monkeypatch.setattr("jax_knn_aggregate.sdf.run.render", functools.partial(render, size=180))
 
 
 def run(out, *arguments):
@@ -35,7 +42,7 @@ def run(out, *arguments):
     assert document["metrics"]["watertight"] is True
     with Image.open(out / "picture.png") as picture:
         pixels = np.asarray(picture)
-    assert pixels.shape == (720, 1440, 3)
+    assert pixels.shape == (180, 360, 3)
     assert 0.02 < (pixels < 250).any(axis=2).mean() < 0.9
     return document, mesh
 

@@ -24,15 +24,19 @@ MARGIN = 0.08  # free space around the bounding box, in diagonals
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and weights of a fit. `batch` is queries on the surface a step; half as many lie near it, half in space."""
+    """Sizes and weights of a fit. `batch` is queries on the surface a step; half as many lie near it, half in space.
 
-    steps: int = 800
+    On CPU a larger batch costs more than its share: from 32 MB on, each step's temporary memory comes fresh from the
+    operating system.
+    """
+
+    steps: int = 1200
     points: int = 4000
     neighbours: int = 12
     features: int = 16
     width: int = 48
     depth: int = 2
-    batch: int = 2048
+    batch: int = 1024
     samples: int = 100_000
     learning_rate: float = 1e-2
     seed: int = 0
