@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(kPointWarps* kWarp)
   constexpr int kLong = 4 * kWarp;
   __shared__ T partial[kPointWarps][kTerms > kWarp * kWidth ? kTerms : kWarp * kWidth];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __shared__ bool is_long[kPointWarps];
   const bool geometry = args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
 
   // The pairs that name point `row`, counted over the kept batch.
@@ -350,10 +351,16 @@ __global__ void __launch_bounds__(kPointWarps* kWarp)
   const int64_t first_row = int64_t{blockIdx.x} * kPointWarps;
   for (int turn = -1; turn < kPointWarps; ++turn) {
     const bool together = turn >= 0;
+    if (together && !is_long[turn]) continue;
     const int64_t row = first_row + (together ? turn : warp);
-    if (row >= rows) continue;
-    const List list = list_of(row);
-    if ((list.end - list.begin > kLong) != together) continue;
+    List list = {};
+    if (row < rows) list = list_of(row);
+    if (!together) {
+      const bool leave = list.end - list.begin > kLong;
+      if (lane == 0) is_long[warp] = leave;
+      __syncthreads();
+      if (leave || row >= rows) continue;
+    }
     const int first = together ? warp : 0, warps = together ? kPointWarps : 1;
 
     if (geometry) {
