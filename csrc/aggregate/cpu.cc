@@ -280,9 +280,7 @@ struct Aggregator {
   }
   static int64_t Ranges(const Args& args) { return Min(args.P, Ceil(args.P + GroupPairs(args), 4096)); }
 
-  static int64_t PointTasks(const Args& args) {
-    return WantsPoints(args) ? Count(args.kept) * Ranges(args) : 0;
-  }
+  static int64_t PointTasks(const Args& args) { return WantsPoints(args) ? Count(args.kept) * Ranges(args) : 0; }
 
   // Finds the queries and factors of pairs in group set c.
   struct Cursor {
