@@ -30,6 +30,22 @@ def main() -> int:
             worst = max(worst, float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)))
         iso = jka.knn_aggregate(x[0][0], x[1], x[2], x[3][:, :1], K)
         worst = max(worst, float(jnp.abs(iso.dists[:, 0] - jka.knn_search(x[0][0], x[1], 1).dists[:, 0]).max()))
+    w, d, v = (jnp.asarray(a, jnp.float32) for a in rng.random((3, 700)))
+    m = jnp.linspace(0, 1, 700)
+    ids = jnp.sort(jnp.asarray(rng.integers(-1, 6, 700), jnp.int32))
+    losses = {
+        "dense": lambda x, i: jka.distortion_loss(*x, implementation=i),
+        "flat": lambda x, i: jka.flatten_distortion_loss(*x, ids, 5, implementation=i),
+    }
+    for loss in losses.values():
+
+        def twice(x, i, loss=loss):
+            value, gradient = jax.value_and_grad(loss)(x, i)
+            return value + sum((a * v).sum() for a in gradient)
+
+        ours, reference = (jax.jit(jax.grad(twice), static_argnums=1)((w, m, d), i) for i in (None, "xla"))
+        for a, b in zip(ours, reference, strict=True):
+            worst = max(worst, float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)))
     print("largest relative error", worst)
     return 0 if worst < 1e-3 else 1
 

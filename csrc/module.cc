@@ -14,7 +14,8 @@ namespace {
 
 nb::dict Registrations() {
   nb::dict platforms;
-  for (const auto& list : {knn::SearchRegistrations(), knn::AggregateRegistrations(), knn::InvertRegistrations()}) {
+  for (const auto& list : {knn::IndexRegistrations(), knn::SearchRegistrations(), knn::AggregateRegistrations(),
+                           knn::InvertRegistrations(), knn::DistortionRegistrations()}) {
     for (const knn::Registration& r : list) {
       if (!platforms.contains(r.platform)) platforms[r.platform] = nb::dict();
       nb::borrow<nb::dict>(platforms[r.platform])[r.name] = nb::capsule(reinterpret_cast<void*>(r.handler));

@@ -3,6 +3,7 @@
 from ._api import (
     KnnAggregate,
     KnnSearch,
+    build_index,
     build_knn_table,
     knn_aggregate,
     knn_aggregate_aniso,
@@ -11,15 +12,30 @@ from ._api import (
     knn_search,
     knn_search_aniso,
 )
+from ._distortion import (
+    distortion_loss,
+    eff_distloss,
+    eff_distloss_native,
+    flatten_distortion_loss,
+    flatten_eff_distloss,
+)
 from ._ffi import FFI_TARGETS
+from ._index import KnnIndex
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FFI_TARGETS",
     "KnnAggregate",
+    "KnnIndex",
     "KnnSearch",
+    "build_index",
     "build_knn_table",
+    "distortion_loss",
+    "eff_distloss",
+    "eff_distloss_native",
+    "flatten_distortion_loss",
+    "flatten_eff_distloss",
     "knn_aggregate",
     "knn_aggregate_aniso",
     "knn_aggregate_aniso_lookup",

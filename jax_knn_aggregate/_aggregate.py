@@ -19,6 +19,7 @@ import numpy as np
 from . import _ffi
 from ._batch import Shape, fit, size
 from ._family import Family
+from ._ffi import bits, present
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 
 Struct = jax.ShapeDtypeStruct
@@ -54,14 +55,6 @@ def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, .
 # point's gradient is wanted. Bit masks in the attributes say which are there, and which results are wanted.
 
 
-def _bits(values: Any) -> np.int32:
-    return np.int32(sum(1 << i for i, v in enumerate(values) if v is not None))
-
-
-def _present(*groups: tuple[Any, ...]) -> list[Any]:
-    return [a for group in groups for a in group if a is not None]
-
-
 def _value_kernel(
     metric: Metric, platform: str, batch: Shape, x: Operands, aux: Operands, results: tuple[Struct, ...]
 ) -> Any:
@@ -75,7 +68,7 @@ def _jvp_kernel(
     target = f"{metric.name}_jvp"
     if not _ffi.available(target, platform):
         return None
-    return _ffi.call(target, results)(*x, *aux, *_present(dx), along=_bits(dx))
+    return _ffi.call(target, results)(*x, *aux, *present(dx), along=bits(dx))
 
 
 def _vjp_kernel(
@@ -83,7 +76,7 @@ def _vjp_kernel(
 ) -> Any:
     target = f"{metric.name}_vjp"
     call = functools.partial(_call_with_inverse, target, platform, batch, x, aux)
-    return call(_present(ct), x[1:], results, (), {"outs": _bits(ct), "want_x": _bits(results)})
+    return call(present(ct), x[1:], results, (), {"outs": bits(ct), "want_x": bits(results)})
 
 
 def _vjp_vjp_kernel(
@@ -98,9 +91,9 @@ def _vjp_vjp_kernel(
 ) -> Any:
     target = f"{metric.name}_vjp_vjp"
     want_x, want_ct = results[: len(x)], results[len(x) :]
-    masks = {"outs": _bits(ct), "along": _bits(v), "want_x": _bits(want_x), "want_ct": _bits(want_ct)}
+    masks = {"outs": bits(ct), "along": bits(v), "want_x": bits(want_x), "want_ct": bits(want_ct)}
     call = functools.partial(_call_with_inverse, target, platform, batch, x, aux)
-    return call(_present(ct, v), (*x[1:], *_present(v[1:])), want_x, want_ct, masks)
+    return call(present(ct, v), (*x[1:], *present(v[1:])), want_x, want_ct, masks)
 
 
 def _call_with_inverse(
@@ -127,8 +120,8 @@ def _call_with_inverse(
     if not _ffi.available(target, platform):
         return None
     depth, (idxs,) = len(batch), aux
-    wanted = _present(want_x, want_ct)
-    points = _present(want_x[1:])
+    wanted = present(want_x, want_ct)
+    points = present(want_x[1:])
     given = [Struct(batch + s.shape[depth:], s.dtype) for s in wanted]
     scratch = []
     if points:
@@ -147,6 +140,10 @@ def _call_with_inverse(
         given[first : first + len(points)] = [Struct(kept + s.shape[depth:], s.dtype) for s in points]
         # What a query's half of the kernel finds out about each pair and the points' half needs again.
         scratch = [Struct(batch + idxs.shape[depth:] + (4,), x[0].dtype)]
+        if platform == "cuda":
+            # Sums over pieces of 64 grouped pairs, for up to two points each: F features and 16 terms of the metric.
+            pieces = -(-inverse[0].shape[-1] // 64)
+            scratch.append(Struct((*kept, pieces, 2, x[2].shape[-1] + 16), x[0].dtype))
     got = _ffi.call(target, [*given, *scratch])(*x, *aux, *more, **masks)
     return [fit(a, s.shape) for a, s in zip(got[: len(wanted)], wanted, strict=True)]
 
@@ -173,9 +170,12 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
         return None
     results = [Struct((*kept, pairs), jnp.int32), Struct((*kept, P + 1), jnp.int32)]
     if platform == "cuda":
-        # Keys and pair numbers, each twice, for a radix sort that alternates between buffers (one is the result); and
-        # at most a byte a pair, and a constant, for its histograms. The kernel checks that this suffices.
-        results.append(Struct((13 * size(kept) * pairs + (1 << 21),), jnp.uint8))
+        # The kernel checks that its scratch suffices. Few points: how many pairs each tile of 2048 has for each point,
+        # and their sums. Many: keys and pair numbers, each twice, for a radix sort that alternates between buffers (one
+        # is the result); and at most a byte a pair, and a constant, for its histograms.
+        counts, buffers = 4 * (-(-pairs // 2048) + 1) * (P + 1), 13 * pairs
+        nbytes = size(kept) * counts if P <= 8192 else size(kept) * buffers + (1 << 21)
+        results.append(Struct((nbytes,), jnp.uint8))
     return list(_ffi.call("invert", results)(idxs)[:2])
 
 
@@ -192,6 +192,7 @@ def _make(metric: Metric) -> Family:
         x_ndims=(2, 2, 2, *metric.parameter_ndims),
         aux_ndims=(2,),
         y_ndims=(2, 2, 2),
+        items=((0,), (0,), (0, 1, 2)),
         kernels={role: functools.partial(kernel, metric) for role, kernel in kernels.items()},
     )
 
@@ -205,3 +206,10 @@ def aggregate(
     """f_out (..., Q, F), w_out (..., Q, K) and dists (..., Q, K) for x = (q, p, f, *parameters), idxs (..., Q, K)."""
     f_out, w_out, dists = _FAMILIES[metric](*x, idxs, implementation=implementation)
     return f_out, w_out, dists
+
+
+def featureless(q: jax.Array, p: jax.Array, search_parameters: Operands) -> Operands:
+    """The operands x, with no features, of an aggregate that is wanted for its distances alone."""
+    shared = (1,) * (p.ndim - 2)
+    f = jnp.zeros((*shared, p.shape[-2], 0), q.dtype)
+    return q, p, f, *(search_parameters or (jnp.zeros((*shared, p.shape[-2], 1), q.dtype),))

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _checks
-from ._aggregate import aggregate
+from . import _checks, _index, _points
+from ._aggregate import featureless
+from ._index import KnnIndex
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._search import search
+from ._sharding import extended, left_to_partitioner
 
 
 class KnnAggregate(NamedTuple):
@@ -47,8 +49,30 @@ class KnnSearch(NamedTuple):
     idxs: jax.Array
 
 
+class _Options(NamedTuple):
+    """What the searching calls have in common, as users gave it."""
+
+    K: Any
+    p_lengths: Any
+    index: Any
+    warm_idxs: Any
+    points_axis: Any
+    implementation: Any
+
+
 def knn_aggregate_aniso(
-    q: Any, p: Any, f: Any, sigma: Any, R: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None
+    q: Any,
+    p: Any,
+    f: Any,
+    sigma: Any,
+    R: Any,
+    K: int,
+    *,
+    p_lengths: Any = None,
+    index: KnnIndex | None = None,
+    warm_idxs: Any = None,
+    points_axis: str | None = None,
+    implementation: str | None = None,
 ) -> KnnAggregate:
     """Sums features of the K nearest points, each point measuring distance in its own metric.
 
@@ -63,6 +87,16 @@ def knn_aggregate_aniso(
       R: (B, P, 3, 3) maps world to local, row i being local axis i; need not be orthonormal.
       K: number of neighbours, a Python integer, 1 <= K <= P.
       p_lengths: (B,) integers, clipped to [0, P]; points from that index on do not exist. Without batch axis a scalar.
+      index: of this cloud, from ``build_index(p, sigma, R)`` (isotropic: ``build_index(p)``) with the same p_lengths;
+        spares this call to look for structure itself. Built for other points of the same shape, it gives neighbours in
+        those, without a warning.
+      warm_idxs: (B, Q, W) integers, likely neighbours, such as idxs of an earlier step. They may make the search faster
+        and never change its result; those outside [0, P) are ignored.
+      points_axis: inside ``jax.shard_map``, the mesh axis over which the cloud is split: p, f, sigma, R and p_lengths
+        are those of this device's P points, and neighbours are found among all devices' points, point j of device r
+        having the index r·P + j. ``index`` is of this device's points. K may be up to P times the number of devices.
+        Queries are the same on all devices of the axis, and so are the results; or they vary over it, and each device
+        gets the results of its own.
       implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
         NotImplementedError where the platform has no kernel.
 
@@ -73,11 +107,22 @@ def knn_aggregate_aniso(
     Raises:
       ValueError: for shapes or K out of range. TypeError: for dtypes.
     """
-    return _aggregate(ANISOTROPIC, q, p, f, {"sigma": sigma, "R": R}, K, p_lengths, implementation)
+    options = _Options(K, p_lengths, index, warm_idxs, points_axis, implementation)
+    return _aggregate(ANISOTROPIC, q, p, f, {"sigma": sigma, "R": R}, options)
 
 
 def knn_aggregate(
-    q: Any, p: Any, f: Any, sigma: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None
+    q: Any,
+    p: Any,
+    f: Any,
+    sigma: Any,
+    K: int,
+    *,
+    p_lengths: Any = None,
+    index: KnnIndex | None = None,
+    warm_idxs: Any = None,
+    points_axis: str | None = None,
+    implementation: str | None = None,
 ) -> KnnAggregate:
     """Sums features of the K nearest points by Euclidean distance, with weights exp(−sigma·|q − p|²).
 
@@ -91,7 +136,8 @@ def knn_aggregate(
     Raises:
       ValueError: for shapes or K out of range. TypeError: for dtypes.
     """
-    return _aggregate(ISOTROPIC, q, p, f, {"sigma": sigma}, K, p_lengths, implementation)
+    options = _Options(K, p_lengths, index, warm_idxs, points_axis, implementation)
+    return _aggregate(ISOTROPIC, q, p, f, {"sigma": sigma}, options)
 
 
 def knn_aggregate_aniso_lookup(
@@ -104,6 +150,7 @@ def knn_aggregate_aniso_lookup(
     K: int,
     *,
     p_lengths: Any = None,
+    index: KnnIndex | None = None,
     implementation: str | None = None,
 ) -> KnnAggregate:
     """As ``knn_aggregate_aniso``, but with neighbours from a table: those of the nearest point by Euclidean distance.
@@ -112,6 +159,7 @@ def knn_aggregate_aniso_lookup(
       knn_table: (P, K') or (B, P, K') integers of any dtype, K' >= K, as ``build_knn_table`` makes it; a query takes
         the first K entries of the row of its nearest point. Entries outside [0, P), or naming a point that does not
         exist, mean "no neighbour".
+      index: from ``build_index(p)``, for finding the nearest point.
       The others as in ``knn_aggregate_aniso``.
 
     Returns:
@@ -127,23 +175,35 @@ def knn_aggregate_aniso_lookup(
     K = _checks.neighbours(K, jnp.shape(knn_table)[-1], "the width of knn_table")
     lengths = _checks.lengths(p_lengths, batch, P)
     table = _checks.indices("knn_table", knn_table, P)[..., :K]
-    nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation)[..., 0]
+    index = _checks.index(index, ISOTROPIC.name, p, batch)
+    nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation, index)[..., 0]
 
     def rows(table: jax.Array, nearest: jax.Array) -> jax.Array:
         return table.at[nearest].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
 
-    idxs = (jax.vmap(rows) if table.ndim == 3 else rows)(table, nearest)
+    # One row for each query, split over devices as the queries are.
+    sharding = extended(jax.typeof(nearest).sharding)
+    idxs = left_to_partitioner(jax.vmap(rows) if table.ndim == 3 else rows, sharding)(table, nearest)
     idxs = jnp.where(idxs < lengths[..., None, None], idxs, jnp.int32(-1))
-    return _result(ANISOTROPIC, (q, p, f, sigma, R), idxs, implementation)
+    return _result(ANISOTROPIC, (q, p, f, sigma, R), idxs, None, implementation)
 
 
 def knn_aggregate_aniso_precomputed(
-    q: Any, p: Any, f: Any, sigma: Any, R: Any, knn_idxs: Any, *, implementation: str | None = None
+    q: Any,
+    p: Any,
+    f: Any,
+    sigma: Any,
+    R: Any,
+    knn_idxs: Any,
+    *,
+    points_axis: str | None = None,
+    implementation: str | None = None,
 ) -> KnnAggregate:
     """As ``knn_aggregate_aniso``, but for given neighbours, in the order given.
 
     Args:
-      knn_idxs: (B, Q, K) integers of any dtype; any outside [0, P) mean "no neighbour" and come back as −1.
+      knn_idxs: (B, Q, K) integers of any dtype; any outside [0, P) mean "no neighbour" and come back as −1. With
+        points_axis they are indices into the points of all devices.
       The others as in ``knn_aggregate_aniso``.
 
     Raises:
@@ -152,36 +212,62 @@ def knn_aggregate_aniso_precomputed(
     implementation = _checks.implementation(implementation)
     x, batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
     _checks.shape_of("knn_idxs", knn_idxs, batch, {"Q": x[0].shape[-2], "K": None})
-    idxs = _checks.indices("knn_idxs", knn_idxs, x[1].shape[-2])
-    return _result(ANISOTROPIC, tuple(x), idxs, implementation)
+    _points.check(points_axis, x[0], x[1])
+    idxs = _checks.indices("knn_idxs", knn_idxs, _points.count(points_axis, x[1]))
+    return _result(ANISOTROPIC, tuple(x), idxs, points_axis, implementation)
 
 
 def knn_search_aniso(
-    q: Any, p: Any, sigma: Any, R: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None
+    q: Any,
+    p: Any,
+    sigma: Any,
+    R: Any,
+    K: int,
+    *,
+    p_lengths: Any = None,
+    index: KnnIndex | None = None,
+    warm_idxs: Any = None,
+    points_axis: str | None = None,
+    implementation: str | None = None,
 ) -> KnnSearch:
     """The K nearest points, each point measuring distance in its own metric. Arguments as in ``knn_aggregate_aniso``.
 
     Raises:
       ValueError: for shapes or K out of range. TypeError: for dtypes.
     """
-    return _search(ANISOTROPIC, q, p, {"sigma": sigma, "R": R}, K, p_lengths, implementation)
+    options = _Options(K, p_lengths, index, warm_idxs, points_axis, implementation)
+    return _search(ANISOTROPIC, q, p, {"sigma": sigma, "R": R}, options)
 
 
-def knn_search(q: Any, p: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None) -> KnnSearch:
+def knn_search(
+    q: Any,
+    p: Any,
+    K: int,
+    *,
+    p_lengths: Any = None,
+    index: KnnIndex | None = None,
+    warm_idxs: Any = None,
+    points_axis: str | None = None,
+    implementation: str | None = None,
+) -> KnnSearch:
     """The K nearest points by Euclidean distance; dists are squared. Arguments as in ``knn_aggregate_aniso``.
 
     Raises:
       ValueError: for shapes or K out of range. TypeError: for dtypes.
     """
-    return _search(ISOTROPIC, q, p, {}, K, p_lengths, implementation)
+    options = _Options(K, p_lengths, index, warm_idxs, points_axis, implementation)
+    return _search(ISOTROPIC, q, p, {}, options)
 
 
-def build_knn_table(p: Any, K: int, *, p_lengths: Any = None, implementation: str | None = None) -> jax.Array:
+def build_knn_table(
+    p: Any, K: int, *, p_lengths: Any = None, index: KnnIndex | None = None, implementation: str | None = None
+) -> jax.Array:
     """The K nearest points of each point by Euclidean distance: the table that ``knn_aggregate_aniso_lookup`` takes.
 
     Args:
       p: (B, P, 3) or (P, 3) points.
       K, p_lengths, implementation: as in ``knn_aggregate_aniso``.
+      index: from ``build_index(p)``.
 
     Returns:
       (B, P, K) or (P, K) int32. Ties go to the smaller index, so a point comes first in its own row unless an exact
@@ -195,40 +281,85 @@ def build_knn_table(p: Any, K: int, *, p_lengths: Any = None, implementation: st
     P = p.shape[-2]
     K = _checks.neighbours(K, P, "the number of points P")
     lengths = _checks.lengths(p_lengths, batch, P)
-    idxs = search(ISOTROPIC, p, p, (), lengths, K, implementation)
+    index = _checks.index(index, ISOTROPIC.name, p, batch)
+    idxs = search(ISOTROPIC, p, p, (), lengths, K, implementation, index)
     rows = jnp.arange(P, dtype=jnp.int32).reshape((1,) * len(batch) + (P, 1))
     exists = rows < lengths[..., None, None]
     return jnp.where(exists, idxs, jnp.int32(-1))
 
 
-def _aggregate(
-    metric: Metric, q: Any, p: Any, f: Any, parameters: dict[str, Any], K: Any, p_lengths: Any, implementation: Any
-) -> KnnAggregate:
+def build_index(
+    p: Any, sigma: Any = None, R: Any = None, *, p_lengths: Any = None, implementation: str | None = None
+) -> KnnIndex:
+    """An index of a cloud, for the ``index`` of searches: worth keeping where a cloud stays for several calls.
+
+    Without one, a search builds what it needs by itself in every call. No tangent flows through an index.
+
+    Args:
+      p: (B, P, 3) or (P, 3) points.
+      sigma, R: as in ``knn_aggregate_aniso``, for searches by these metrics; without them, for Euclidean searches
+        (isotropic calls, ``knn_search``, ``build_knn_table``, and the look-up of ``knn_aggregate_aniso_lookup``).
+      p_lengths, implementation: as in ``knn_aggregate_aniso``.
+
+    Returns:
+      KnnIndex, a pytree: it can be passed through jit, vmap, scan and the rest.
+
+    Raises:
+      ValueError: for shapes, or if only one of sigma and R is given. TypeError: for dtypes.
+    """
     implementation = _checks.implementation(implementation)
+    if (sigma is None) != (R is None):
+        raise ValueError(
+            "build_index got only one of sigma and R, expected both, for searches by the metrics that they make, or "
+            "neither, for Euclidean searches."
+        )
+    metric = ISOTROPIC if sigma is None else ANISOTROPIC
+    (p, *parameters), batch = _checks.arrays(p=p, **({} if sigma is None else {"sigma": sigma, "R": R}))
+    lengths = _checks.lengths(p_lengths, batch, p.shape[-2])
+    return _index.build(metric, p, parameters, lengths, implementation)
+
+
+def _aggregate(metric: Metric, q: Any, p: Any, f: Any, parameters: dict[str, Any], options: _Options) -> KnnAggregate:
+    implementation = _checks.implementation(options.implementation)
     x, batch = _checks.arrays(isotropic=metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
-    P = x[1].shape[-2]
-    K = _checks.neighbours(K, P, "the number of points P")
-    lengths = _checks.lengths(p_lengths, batch, P)
-    idxs = search(metric, x[0], x[1], x[3 : 3 + len(metric.search_ndims)], lengths, K, implementation)
-    return _result(metric, tuple(x), idxs, implementation)
+    idxs = _neighbours(metric, x[0], x[1], x[3:], batch, options)
+    return _result(metric, tuple(x), idxs, options.points_axis, implementation)
 
 
-def _result(metric: Metric, x: tuple[jax.Array, ...], idxs: jax.Array, implementation: str | None) -> KnnAggregate:
-    return KnnAggregate(*aggregate(metric, x, idxs, implementation), idxs)
+def _result(
+    metric: Metric, x: tuple[jax.Array, ...], idxs: jax.Array, points_axis: str | None, implementation: str | None
+) -> KnnAggregate:
+    return KnnAggregate(*_points.aggregate(metric, x, idxs, implementation, points_axis), idxs)
 
 
-def _search(
-    metric: Metric, q: Any, p: Any, parameters: dict[str, Any], K: Any, p_lengths: Any, implementation: Any
-) -> KnnSearch:
-    implementation = _checks.implementation(implementation)
+def _search(metric: Metric, q: Any, p: Any, parameters: dict[str, Any], options: _Options) -> KnnSearch:
+    implementation = _checks.implementation(options.implementation)
     (q, p, *given), batch = _checks.arrays(q=q, p=p, **parameters)
-    P = p.shape[-2]
-    K = _checks.neighbours(K, P, "the number of points P")
-    lengths = _checks.lengths(p_lengths, batch, P)
-    idxs = search(metric, q, p, given, lengths, K, implementation)
+    idxs = _neighbours(metric, q, p, given, batch, options)
     # The aggregate of no features gives distances that are differentiable; weights are not asked for.
-    shared = (1,) * len(batch)
-    f = jnp.zeros((*shared, P, 0), q.dtype)
-    parameters_or_none = given or [jnp.zeros((*shared, P, 1), q.dtype)]
-    _, _, dists = aggregate(metric, (q, p, f, *parameters_or_none), idxs, implementation)
+    x = featureless(q, p, tuple(given))
+    _, _, dists = _points.aggregate(metric, x, idxs, implementation, options.points_axis)
     return KnnSearch(dists, idxs)
+
+
+def _neighbours(
+    metric: Metric,
+    q: jax.Array,
+    p: jax.Array,
+    parameters: list[jax.Array],
+    batch: tuple[int, ...],
+    options: _Options,
+) -> jax.Array:
+    axis = options.points_axis
+    _points.check(axis, q, p)
+    P = _points.count(axis, p)
+    K = _checks.neighbours(options.K, P, "the number of points P" + (" of all devices" if axis else ""))
+    _checks.size(P)
+    lengths = _checks.lengths(options.p_lengths, batch, p.shape[-2])
+    index = _checks.index(options.index, metric.name, p, batch)
+    warm = options.warm_idxs
+    if warm is not None:
+        _checks.shape_of("warm_idxs", warm, batch, {"Q": q.shape[-2], "W": None})
+        warm = _checks.indices("warm_idxs", warm, P)
+    parameters = parameters[: len(metric.search_ndims)]
+    return _points.search(metric, q, p, parameters, lengths, K, options.implementation, axis, index, warm)

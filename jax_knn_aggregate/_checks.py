@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._index import KnnIndex
 from ._primitive import IMPLEMENTATIONS
 
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -30,7 +31,7 @@ def arrays(isotropic: bool = False, **named: Any) -> tuple[list[jax.Array], tupl
 
     Returns the arrays in the order given, and the batch shape: () or (B,).
     """
-    values = {name: _as_array(name, a) for name, a in named.items()}
+    values = {name: as_array(name, a) for name, a in named.items()}
     shapes = {**_SHAPES, "sigma": ("P", 1)} if isotropic else _SHAPES
     first = next(iter(values))
     batched = values[first].ndim == len(shapes[first]) + 1
@@ -63,7 +64,7 @@ def _text(shape: tuple[str | int, ...]) -> str:
     return "(" + ", ".join(map(str, shape)) + ")"
 
 
-def _as_array(name: str, a: Any) -> jax.Array:
+def as_array(name: str, a: Any) -> jax.Array:
     if not isinstance(a, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"{name} is a {type(a).__name__}, expected a JAX or NumPy array. Convert it with jnp.asarray.")
     return jnp.asarray(a)
@@ -105,7 +106,7 @@ def implementation(value: Any) -> Any:
     return value
 
 
-def _integers(name: str, a: Any) -> np.ndarray | jax.Array:
+def integers(name: str, a: Any) -> np.ndarray | jax.Array:
     if not isinstance(a, jax.Array | np.ndarray | np.generic | int) or isinstance(a, bool):
         raise TypeError(f"{name} is a {type(a).__name__}, expected an integer array. Convert it with jnp.asarray.")
     # NumPy's 64-bit integers stay in NumPy until they are known to be in range: jnp.asarray would cut them to 32 bits.
@@ -117,8 +118,8 @@ def _integers(name: str, a: Any) -> np.ndarray | jax.Array:
 
 def indices(name: str, a: Any, P: int) -> jax.Array:
     """int32 indices in [0, P), or −1. Range-checked before narrowing, whatever the integer dtype."""
-    _check_size(P)
-    a = _integers(name, a)
+    size(P)
+    a = integers(name, a)
     xp = np if isinstance(a, np.ndarray) else jnp
     inside = (a >= 0) & (a < P)
     narrow = xp.where(inside, a, xp.zeros_like(a)).astype(np.int32)
@@ -127,10 +128,10 @@ def indices(name: str, a: Any, P: int) -> jax.Array:
 
 def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:
     """int32 lengths in [0, P] of shape ``batch``, or of size 1 along it where every cloud is whole."""
-    _check_size(P)
+    size(P)
     if p_lengths is None:
         return jnp.full((1,) * len(batch), P, jnp.int32)
-    a = _integers("p_lengths", p_lengths)
+    a = integers("p_lengths", p_lengths)
     if a.shape != batch:
         expected = f"({batch[0]},), one length for each cloud" if batch else "(), a scalar, as p has no batch axis"
         raise ValueError(f"p_lengths has shape {a.shape}, expected {expected}.")
@@ -155,6 +156,24 @@ def shape_of(
         raise ValueError(f"{name} has shape {shape}, expected {expected}.")
 
 
-def _check_size(P: int) -> None:
+def index(value: Any, metric: str, p: jax.Array, batch: tuple[int, ...]) -> KnnIndex | None:
+    """Checks what can be seen of an index without its numbers: that it was built for such points and such a search."""
+    if value is None:
+        return None
+    if not isinstance(value, KnnIndex):
+        raise TypeError(f"index is a {type(value).__name__}, expected what build_index returns.")
+    wanted = {"aniso": "build_index(p, sigma, R)", "iso": "build_index(p)"}
+    if value.metric != metric:
+        raise ValueError(f"index comes from {wanted[value.metric]}, expected one from {wanted[metric]} for this call.")
+    got = (value.leaves.shape[: value.leaves.ndim - 3], value.P, value.leaves.dtype)
+    if got != (batch, p.shape[-2], p.dtype):
+        raise ValueError(
+            f"index was built for points of shape {(*got[0], got[1], 3)} and dtype {got[2]}, but p has shape {p.shape} "
+            f"and dtype {p.dtype}. Build it from this p."
+        )
+    return value
+
+
+def size(P: int) -> None:
     if P >= 2**31:
-        raise ValueError(f"p has P = {P} points, expected fewer than 2**31: indices are int32. Split the cloud.")
+        raise ValueError(f"p has P = {P} points, expected fewer than 2**31: indices are int32.")

@@ -34,6 +34,7 @@ from jax.interpreters import ad
 
 from ._batch import MAX_BATCH_AXES, Shape, batch_shape, fit, merged, over_batch
 from ._primitive import bind, make_primitive
+from ._sharding import left_to_partitioner
 
 Mask = tuple[bool, ...]
 #: For each wanted result and each batch axis: whether the result keeps the axis (True) or sums over it (False).
@@ -69,6 +70,8 @@ class Family:
       reference: ``reference(x, aux) -> y`` for core axes alone, in pure JAX, differentiable to any order.
       x_ndims, aux_ndims: number of core axes of each operand; all axes before them are batch axes (see ``_batch.py``).
       y_ndims: number of core axes of each result. Results have every batch axis in full.
+      items: positions in x, aux and y of those whose first core axis counts independent items (queries), all the same:
+        devices may each have some of the items (see ``_sharding.py``). All other core axes every device needs whole.
       kernels: FFI paths by role ("value", "jvp", "vjp", "vjp_vjp"), see below; any may be missing.
 
     A kernel is ``kernel(platform, batch, x, aux, ..., results) -> list of arrays, or None`` where it cannot serve.
@@ -86,10 +89,15 @@ class Family:
         x_ndims: Sequence[int],
         aux_ndims: Sequence[int],
         y_ndims: Sequence[int],
+        items: tuple[Sequence[int], Sequence[int], Sequence[int]] = ((), (), ()),
         kernels: Mapping[str, Callable[..., list[jax.Array] | None]],
     ):
         self.reference = reference
         self.x_ndims, self.aux_ndims, self.y_ndims = tuple(x_ndims), tuple(aux_ndims), tuple(y_ndims)
+        self._x_cores, self._aux_cores, self._y_cores = (
+            tuple(("q" + "." * (n - 1)) if i in of else "." * n for i, n in enumerate(ndims))
+            for ndims, of in zip((self.x_ndims, self.aux_ndims, self.y_ndims), items, strict=True)
+        )
         self._kernels = kernels
         make = functools.partial(self._make, name)
         self.value = make("value", self._value)
@@ -101,7 +109,7 @@ class Family:
         ad.primitive_jvps[self.value] = self._value_jvp_rule
         ad.primitive_jvps[self.vjp] = self._vjp_jvp_rule
         for p, impl in ((self.jvp, self._jvp), (self.vjp_jvp, self._vjp_jvp), (self.vjp_vjp, self._vjp_vjp)):
-            ad.primitive_jvps[p] = functools.partial(_reference_jvp_rule, impl)
+            ad.primitive_jvps[p] = functools.partial(_reference_jvp_rule, p, impl)
         ad.primitive_transposes[self.jvp] = self._jvp_transpose_rule
         ad.primitive_transposes[self.vjp] = self._vjp_transpose_rule
         ad.primitive_transposes[self.vjp_jvp] = self._vjp_jvp_transpose_rule
@@ -121,12 +129,18 @@ class Family:
             at += sum(mask)
         return groups
 
-    def _ndims(self, **p: Any) -> list[int]:
-        """Core axes of all operands of the primitive that has these masks, in operand order."""
-        ndims = [*self.x_ndims, *self.aux_ndims]
+    def _cores(self, **p: Any) -> tuple[list[str], list[str]]:
+        """Core axes of all operands and results of the primitive that has these masks, in their order."""
+        operands = [*self._x_cores, *self._aux_cores]
         for key in _operand_masks(**p):
-            ndims += _pick(self.x_ndims if key in _MASKS_OVER_X else self.y_ndims, p[key])
-        return ndims
+            operands += _pick(self._x_cores if key in _MASKS_OVER_X else self._y_cores, p[key])
+        wanted = _wanted(**p)
+        if wanted is None:
+            return operands, list(self._y_cores)
+        return operands, _pick((*self._x_cores, *self._y_cores)[: len(wanted)], wanted)
+
+    def _ndims(self, **p: Any) -> list[int]:
+        return [len(core) for core in self._cores(**p)[0]]
 
     # What each primitive computes, in pure JAX. Groups of tangents and cotangents are sparse.
 
@@ -252,7 +266,7 @@ class Family:
         if not any(outs):
             bars = [ad.Zero(d.aval) for d in _pick(dx, want)]
         else:
-            full = cts[outs.index(True)].shape[: -self.y_ndims[outs.index(True)]]
+            full = batch_shape(_pick(cts, outs), _pick(self.y_ndims, outs))
             bars = bind(
                 self.vjp,
                 *x,
@@ -351,6 +365,7 @@ class Family:
             f"{name}_{role}",
             reference=impl,
             outputs=self._outputs,
+            cores=self._cores,
             kernel=functools.partial(self._run_kernel, kernel) if kernel else None,
             needs_kernel=needs_kernel,
             add_batch_axis=lambda p: {**p, "keep": tuple((True, *ks) for ks in p["keep"])} if "keep" in p else p,
@@ -411,14 +426,19 @@ def _kept(aval: Any, full: Shape) -> Mask:
     return tuple(n == m for n, m in zip(aval.shape, full, strict=False))
 
 
-def _reference_jvp_rule(impl: Callable[..., list[jax.Array]], primals: Any, tangents: Any, **p: Any) -> Any:
+def _reference_jvp_rule(
+    primitive: Any, impl: Callable[..., list[jax.Array]], primals: Any, tangents: Any, **p: Any
+) -> Any:
     """JVP of a primitive without a rule of its own: differentiate its pure-JAX computation. Third order and up."""
+    shardings = [jax.typeof(a).sharding for a in jax.eval_shape(functools.partial(primitive.bind, **p), *primals)]
     p.pop("implementation")
     floats = [jnp.issubdtype(jax.typeof(a).dtype, jnp.inexact) for a in primals]
 
+    reference = left_to_partitioner(functools.partial(impl, **p), shardings)
+
     def f(*z: jax.Array) -> list[jax.Array]:
         it = iter(z)
-        return impl(*[next(it) if m else a for a, m in zip(primals, floats, strict=True)], **p)
+        return reference(*[next(it) if m else a for a, m in zip(primals, floats, strict=True)])
 
     moving = tuple(a for a, m in zip(primals, floats, strict=True) if m)
     along = tuple(ad.instantiate_zeros(t) for t, m in zip(tangents, floats, strict=True) if m)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jaxlib
+import numpy as np
 
 PREFIX = "jax_knn_aggregate."
 #: JAX's name of a platform in lowerings -> the name under which its FFI registry files targets (capitals matter).
@@ -81,6 +82,16 @@ def available(target: str, platform: str) -> bool:
 def call(target: str, results: Sequence[jax.ShapeDtypeStruct], **attributes: Any) -> Callable[..., Sequence[jax.Array]]:
     """A function of arrays that calls ``target``; attributes are NumPy scalars of the exact type the kernel expects."""
     return functools.partial(jax.ffi.ffi_call(PREFIX + target, list(results)), **attributes)
+
+
+def bits(values: Iterable[Any]) -> np.int32:
+    """An attribute that says which of ``values`` are not None: bit i for the i-th."""
+    return np.int32(sum(1 << i for i, v in enumerate(values) if v is not None))
+
+
+def present(*groups: Iterable[Any]) -> list[Any]:
+    """Those of all groups' values that are not None."""
+    return [a for group in groups for a in group if a is not None]
 
 
 def build_info() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One factory for every primitive of the package: evaluation, shapes, vmap, the choice of kernel or reference.
+"""One factory for every primitive of the package: evaluation, shapes, vmap, sharding, kernel or reference.
 
 The derivative rules are not here: ``_family.py`` adds them.
 """
@@ -11,11 +11,17 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
+from . import _sharding
+
 IMPLEMENTATIONS = (None, "xla", "ffi")
 PLATFORMS = ("cpu", "cuda")
+
+#: For each primitive, the labels of its axes by operands and parameters.
+_AXES: dict[Primitive, Callable[..., _sharding.Axes]] = {}
 
 
 class Kernel(Protocol):
@@ -32,6 +38,7 @@ def make_primitive(
     *,
     reference: Callable[..., Sequence[jax.Array]],
     outputs: Callable[..., Sequence[jax.ShapeDtypeStruct]],
+    cores: Callable[..., tuple[Sequence[str], Sequence[str]]],
     kernel: Kernel | None = None,
     needs_kernel: bool = True,
     add_batch_axis: Callable[[dict[str, Any]], dict[str, Any]] = lambda params: params,
@@ -42,6 +49,8 @@ def make_primitive(
       name: what a jaxpr shows.
       reference: the computation in pure JAX, ``reference(*operands, **params)``.
       outputs: shapes and dtypes of the results, ``outputs(*avals, **params)``.
+      cores: the core axes of operands and results, ``cores(**params)``, a character each: "." for an axis that every
+        device needs whole, a letter for one that may be split (see ``_sharding.py``).
       kernel: the same computation through FFI calls.
       needs_kernel: whether ``implementation="ffi"`` must raise where there is no kernel.
       add_batch_axis: what ``params`` become when vmap puts one more batch axis in front.
@@ -52,9 +61,19 @@ def make_primitive(
     p.multiple_results = True
     p.def_impl(functools.partial(xla.apply_primitive, p))
 
+    def axes(*avals: Any, implementation: str | None, **params: Any) -> _sharding.Axes:
+        return _sharding.axes(avals, outputs(*avals, **params), cores(**params))
+
+    _AXES[p] = axes
+
     def abstract_eval(*avals: Any, implementation: str | None, **params: Any) -> list[Any]:
+        results = outputs(*avals, **params)
+        shardings = _sharding.result_shardings(name, avals, results, cores(**params))
         # From an operand's aval, so that what else it carries (varying manual axes) is kept; bind() made them agree.
-        return [avals[0].update(shape=o.shape, dtype=o.dtype, weak_type=False) for o in outputs(*avals, **params)]
+        return [
+            avals[0].update(shape=o.shape, dtype=o.dtype, weak_type=False, sharding=s)
+            for o, s in zip(results, shardings, strict=True)
+        ]
 
     p.def_abstract_eval(abstract_eval)
 
@@ -71,10 +90,18 @@ def make_primitive(
             )
         return list(reference(*operands, **params))
 
-    mlir.register_lowering(p, mlir.lower_fun(functools.partial(lower, None), multiple_results=True))
+    def rule(platform: str | None, ctx: Any, *values: Any, **params: Any) -> Any:
+        fn = functools.partial(lower, platform, **params)
+        # Inside shard_map the context counts no devices.
+        devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+        spread = _sharding.spread(name, fn, lambda: axes(*ctx.avals_in, **params), ctx.avals_in, devices)
+        return mlir.lower_fun(spread, multiple_results=True)(ctx, *values)
+
+    mlir.register_lowering(p, functools.partial(rule, None))
     for platform in PLATFORMS:
-        rule = mlir.lower_fun(functools.partial(lower, platform), multiple_results=True)
-        mlir.register_lowering(p, rule, platform=platform)
+        mlir.register_lowering(p, functools.partial(rule, platform), platform=platform)
+    # custom_partitioning, which the rule may use, wants to know the devices, and JAX looks for it before lowering.
+    prim_requires_devices_during_lowering.add(p)
 
     def batch(operands: Sequence[Any], dims: Sequence[int | None], **params: Any) -> tuple[list[Any], list[int]]:
         moved = [
@@ -88,10 +115,10 @@ def make_primitive(
 
 
 def bind(p: Primitive, *operands: Any, **params: Any) -> list[Any]:
-    """Binds ``p`` with all operands marked as varying over the same manual mesh axes.
+    """Binds ``p`` with all operands varying over the same manual mesh axes, and split alike over Explicit ones.
 
-    Under ``shard_map(check_vma=True)`` the transpose of that mark is the psum that a replicated operand's gradient
-    needs; without it the gradient would silently be that of one shard.
+    Under ``shard_map(check_vma=True)`` the transpose of marking an operand as varying is the psum that a replicated
+    operand's gradient needs; without it the gradient would silently be that of one shard.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in operands]
     union = frozenset().union(*varying)
@@ -99,4 +126,7 @@ def bind(p: Primitive, *operands: Any, **params: Any) -> list[Any]:
         a if v == union else jax.lax.pcast(a, tuple(sorted(union - v)), to="varying")
         for a, v in zip(operands, varying, strict=True)
     ]
+    avals = [jax.typeof(a) for a in marked]
+    if _sharding.typed(avals):
+        marked = _sharding.agree(p.name, marked, _AXES[p](*avals, **params).operands)
     return p.bind(*marked, **params)

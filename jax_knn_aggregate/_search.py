@@ -16,14 +16,14 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad
 
-from . import _ffi
+from . import _ffi, _index
 from ._batch import MAX_BATCH_AXES, batch_shape, merged, over_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._primitive import bind, make_primitive
 
 # The reference computes at most this many distances at a time (64 MiB in float32).
 _CHUNK = 1 << 24
-_CUDA_MAX_K = 256
+_CUDA_MAX_K, _CUDA_FILTER_MAX_K = 256, 32
 
 
 def search(
@@ -34,45 +34,86 @@ def search(
     lengths: jax.Array,
     K: int,
     implementation: str | None,
+    index: _index.KnnIndex | None = None,
+    warm: jax.Array | None = None,
 ) -> jax.Array:
     """The indices of the K nearest points, int32, −1 where there are fewer than K.
 
     Args:
       q: (..., Q, 3). p: (..., P, 3). parameters: of ``metric``, as its search takes them.
       lengths: (...,) int32 in [0, P]: points from that index on do not exist.
+      index: of these points, or None. warm: (..., Q, W) int32, or None: guesses, of which those in [0, P) count.
       All leading axes are batch axes of size n or 1.
 
     Returns:
       (..., Q, K), ordered by (distance, index), where +inf comes after every other number, then NaN, then −1.
     """
-    return bind(_PRIMITIVES[metric], q, p, *parameters, lengths, K=K, implementation=implementation)[0]
+    operands = [q, p, *parameters, lengths, *(index.arrays if index else ()), *(() if warm is None else (warm,))]
+    params = {"K": K, "indexed": index is not None, "warm": warm is not None}
+    return bind(_PRIMITIVES[metric], *operands, **params, implementation=implementation)[0]
 
 
-def _core_ndims(metric: Metric) -> tuple[int, ...]:
-    return (2, 2, *metric.search_ndims, 0)
+def _core_ndims(metric: Metric, indexed: bool, warm: bool) -> tuple[int, ...]:
+    return (2, 2, *metric.search_ndims, 0, *(_index.NDIMS if indexed else ()), *((2,) if warm else ()))
 
 
-def _outputs(metric: Metric, *avals: Any, K: int) -> list[jax.ShapeDtypeStruct]:
-    q = avals[0]
-    return [jax.ShapeDtypeStruct((*batch_shape(avals, _core_ndims(metric)), q.shape[-2], K), jnp.int32)]
+def _cores(metric: Metric, *, K: int, indexed: bool, warm: bool) -> tuple[list[str], list[str]]:
+    ndims = _core_ndims(metric, indexed, False)
+    return ["q.", *("." * n for n in ndims[1:]), *(["q."] if warm else [])], ["q."]
 
 
-def _kernel(metric: Metric, platform: str, *operands: jax.Array, K: int) -> list[jax.Array] | None:
+def _outputs(metric: Metric, *avals: Any, K: int, indexed: bool, warm: bool) -> list[jax.ShapeDtypeStruct]:
+    batch = batch_shape(avals, _core_ndims(metric, indexed, warm))
+    return [jax.ShapeDtypeStruct((*batch, avals[0].shape[-2], K), jnp.int32)]
+
+
+def _kernel(
+    metric: Metric, platform: str, *operands: jax.Array, K: int, indexed: bool, warm: bool
+) -> list[jax.Array] | None:
     target = f"{metric.name}_search"
     if not _ffi.available(target, platform) or (platform == "cuda" and K > _CUDA_MAX_K):
         return None
-    (out,) = _outputs(metric, *operands, K=K)
-    ndims = _core_ndims(metric)
+    (out,) = _outputs(metric, *operands, K=K, indexed=indexed, warm=warm)
+    ndims = _core_ndims(metric, indexed, warm)
     batches, full = merged([a.shape[: a.ndim - n] for a, n in zip(operands, ndims, strict=True)])
     if len(full) > MAX_BATCH_AXES:
         return None
     operands = tuple(a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True))
-    (idxs,) = _ffi.call(target, [jax.ShapeDtypeStruct(full + out.shape[-2:], jnp.int32)])(*operands)
+    results = [jax.ShapeDtypeStruct(full + out.shape[-2:], jnp.int32)]
+    if platform == "cuda":
+        Q, P, dtype = operands[0].shape[-2], operands[1].shape[-2], operands[0].dtype
+        after_cloud = 3 + len(metric.search_ndims)
+        cloud = operands[1:after_cloud]
+        clouds = size(batch_shape(cloud, ndims[1:after_cloud]))
+        if not indexed and _cuda_index_pays(size(full) * Q, P, K, dtype):
+            # XLA merges equal calls: searches of one cloud share one index.
+            arrays = _index.emit(metric, platform, *cloud)
+            assert arrays is not None
+            operands, indexed = (*operands[:after_cloud], *arrays, *operands[after_cloud:]), True
+        # The search through an index sorts queries: 16 bytes each, and at most a byte each, and a constant, for the
+        # sort's histograms. That of all pairs keeps 64 bytes a point for tensor cores, 64 for what is compared in the
+        # end, and a few numbers a cloud. The kernel checks that this suffices.
+        of_queries, of_points = 17 * size(full) * Q + (1 << 21), clouds * (128 * (P + 8) + 64 * 28 + 32)
+        results.append(jax.ShapeDtypeStruct((of_queries if indexed else of_points,), jnp.uint8))
+    attributes = {"indexed": np.int32(indexed), "warm": np.int32(warm)}
+    idxs = _ffi.call(target, results)(*operands, **attributes)[0]
     return [idxs.reshape(out.shape)]
 
 
-def _reference(metric: Metric, *operands: jax.Array, K: int) -> list[jax.Array]:
-    ndims = _core_ndims(metric)
+def _cuda_index_pays(queries: int, P: int, K: int, dtype: Any) -> bool:
+    """Whether building an index and searching through it beats comparing all pairs, as measured on an H200.
+
+    Through the index a query takes as long as all pairs with about 8,000 points do (2,000 where the tensor cores do
+    not serve), and building takes about as long as 2e8 pairs (5e7). benchmarks/crossover.py measures both.
+    """
+    if dtype == jnp.float32 and K <= _CUDA_FILTER_MAX_K:
+        return queries * (P - 8192) > 200_000_000
+    return queries * (P - 2048) > 50_000_000
+
+
+def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm: bool) -> list[jax.Array]:
+    ndims = _core_ndims(metric, False, False)
+    operands = operands[: len(ndims)]  # neither an index nor guesses change the result
     Q, P = operands[0].shape[-2], operands[1].shape[-2]
     scenes = max(1, size(batch_shape(operands, ndims)))
     chunk = max(1, min(Q, _CHUNK // max(1, P * scenes)))
@@ -86,17 +127,19 @@ def _reference(metric: Metric, *operands: jax.Array, K: int) -> list[jax.Array]:
             # Rank the K chosen by the distances that the caller will see: XLA may round the same formula differently
             # in a differently fused loop.
             dists = metric.distance(x[None, :] - p[idxs], *(a[idxs] for a in parameters))
-            kind = jnp.where(exists[idxs], jnp.where(jnp.isnan(dists), _NAN, _NUMBER), _MISSING)
-            dists = jnp.where((kind != _NUMBER) | (dists == 0), jnp.zeros_like(dists), dists)
-            kind, _, idxs = lax.sort((kind, dists, idxs), num_keys=3)
-            return jnp.where(kind == _MISSING, jnp.int32(-1), idxs)
+            return ordered(dists, jnp.where(exists[idxs], idxs, jnp.int32(-1)))
 
         return lax.map(nearest, q, batch_size=chunk)
 
     return [over_batch(one, operands, ndims)]
 
 
-_NUMBER, _NAN, _MISSING = np.int32(0), np.int32(1), np.int32(2)
+def ordered(dists: jax.Array, idxs: jax.Array) -> jax.Array:
+    """Indices (..., L) by (distance, index): numbers, then +inf, NaN, and −1 for what is missing. −0 equals +0."""
+    number, nan, missing = np.int32(0), np.int32(1), np.int32(2)
+    kind = jnp.where(idxs < 0, missing, jnp.where(jnp.isnan(dists), nan, number))
+    dists = jnp.where((kind != number) | (dists == 0), jnp.zeros_like(dists), dists)
+    return lax.sort((kind, dists, idxs), num_keys=3)[2]
 
 
 def _key(dists: jax.Array, exists: jax.Array) -> jax.Array:
@@ -120,6 +163,7 @@ def _make(metric: Metric) -> Any:
         f"{metric.name}_search",
         reference=functools.partial(_reference, metric),
         outputs=functools.partial(_outputs, metric),
+        cores=functools.partial(_cores, metric),
         kernel=functools.partial(_kernel, metric),
     )
 

@@ -96,10 +96,19 @@ def kernels():
     return PLATFORM
 
 
+def _cpu_devices(n):
+    devices = jax.devices("cpu")
+    if len(devices) < n:
+        pytest.skip(f"needs {n} CPU devices, found {len(devices)}: XLA_FLAGS was set without {_DEVICES}")
+    return devices[:n]
+
+
 @pytest.fixture
 def cpu_devices():
     """Four CPU devices, also where the default device is a GPU."""
-    devices = jax.devices("cpu")
-    if len(devices) < 4:
-        pytest.skip(f"needs 4 CPU devices, found {len(devices)}: XLA_FLAGS was set without {_DEVICES}")
-    return devices[:4]
+    return _cpu_devices(4)
+
+
+@pytest.fixture
+def eight_cpu_devices():
+    return _cpu_devices(8)

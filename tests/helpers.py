@@ -5,6 +5,7 @@ Names: ``metric`` is "aniso" or "iso"; ``x`` is the tuple of differentiable argu
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import jax_knn_aggregate as jka
 #: JAX's name, in lowerings, of the default platform.
 PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 #: Targets without which some derivative of first or second order would silently run the reference.
-REQUIRED = {f"{m}_{role}" for m in ("aniso", "iso") for role in ("search", "value", "vjp", "vjp_vjp")} | {"invert"}
+REQUIRED = {f"{m}_{role}" for m in ("aniso", "iso") for role in ("search", "value", "vjp", "vjp_vjp")}
+REQUIRED |= {"invert", "distortion", "flat_distortion", "ray_offsets"}
 
 ARGUMENTS = {"aniso": ("q", "p", "f", "sigma", "R"), "iso": ("q", "p", "f", "sigma")}
 OUTPUTS = ("f_out", "w_out", "dists")
@@ -361,6 +363,12 @@ def integer_cloud(rng, metric, Q, P, F, *, dtype=np.float64, copies=False, flat=
     return tuple(a.astype(dtype) for a in x)
 
 
+def problem(rng, metric, *, Q, P, F, K, batch=(), **options):
+    """x, idxs, ct and v of a random cloud."""
+    x = tree(cloud(rng, metric, Q, P, F, batch=batch, **options))
+    return (x, oracle_search(metric, x, K), *tree(cotangents(rng, metric, x, K)))
+
+
 def cotangents(rng, metric, x, K, dtype=None):
     """Random cotangents of all outputs and tangents of all arguments, by name."""
     dtype = x[0].dtype if dtype is None else dtype
@@ -453,6 +461,27 @@ def assert_neighbours(metric, x, got, want, what=""):
 
 
 # ---- What a computation consists of
+
+_COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+
+
+def collectives(jitted, *args):
+    """The collectives of the compiled program, as a list of (kind, shapes of its results)."""
+    text = jitted.lower(*args).compile().as_text()
+    found = re.findall(rf"= (.*?) ({_COLLECTIVES})(?:-start)?\(", text)
+    dims = [re.findall(r"[a-z]+\d*\[([\d,]*)\]", results) for results, _ in found]
+    return [
+        (kind, [tuple(map(int, filter(None, d.split(",")))) for d in ds])
+        for (_, kind), ds in zip(found, dims, strict=True)
+    ]
+
+
+def kinds(jitted, *args):
+    return {kind for kind, _ in collectives(jitted, *args)}
+
+
+def place(mesh, x, specs):
+    return tuple(jax.device_put(a, jax.sharding.NamedSharding(mesh, s)) for a, s in zip(x, specs, strict=True))
 
 
 def equations(jaxpr):

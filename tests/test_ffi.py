@@ -55,9 +55,8 @@ def test_target_names():
     assert len(set(jka.FFI_TARGETS)) == len(jka.FFI_TARGETS)
     assert set(_ffi.TARGETS) <= {"cpu", "cuda"}
     for name in jka.FFI_TARGETS:
-        assert re.fullmatch(r"jax_knn_aggregate\.((aniso|iso)_(search|value|jvp|vjp|vjp_vjp)|invert)", name), (
-            f"{name} does not end in its role"
-        )
+        roles = r"(aniso|iso)_(index|search|value|jvp|vjp|vjp_vjp)|invert|(flat_)?distortion|ray_offsets"
+        assert re.fullmatch(rf"jax_knn_aggregate\.({roles})", name), f"{name} is of no op, or of no role"
 
 
 def test_kernels_are_complete(kernels):

@@ -1,5 +1,7 @@
 """First derivatives: every output in every argument, reverse and forward, alone and together."""
 
+import functools
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,7 @@ Q, P, F, K = 6, 9, 3, 4
 
 @pytest.fixture
 def problem(rng):
-    def make(metric, *, batch=(), Q=Q, P=P, F=F, K=K, **options):
-        x = helpers.tree(helpers.cloud(rng, metric, Q, P, F, batch=batch, **options))
-        idxs = helpers.oracle_search(metric, x, K)
-        return (x, idxs, *helpers.tree(helpers.cotangents(rng, metric, x, K)))
-
-    return make
+    return functools.partial(helpers.problem, rng, Q=Q, P=P, F=F, K=K)
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)

@@ -1,5 +1,6 @@
 """Second derivatives and beyond: every pair of arguments, every output, every way to compose."""
 
+import functools
 import itertools
 
 import helpers
@@ -13,12 +14,7 @@ Q, P, F, K = 5, 7, 3, 4
 
 @pytest.fixture
 def problem(rng):
-    def make(metric, *, batch=(), Q=Q, P=P, F=F, K=K, **options):
-        x = helpers.tree(helpers.cloud(rng, metric, Q, P, F, batch=batch, **options))
-        idxs = helpers.oracle_search(metric, x, K)
-        return (x, idxs, *helpers.tree(helpers.cotangents(rng, metric, x, K)))
-
-    return make
+    return functools.partial(helpers.problem, rng, Q=Q, P=P, F=F, K=K)
 
 
 @pytest.mark.parametrize("output", helpers.OUTPUTS)

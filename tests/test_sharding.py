@@ -1,6 +1,7 @@
-"""shard_map on CPU devices: gradients of replicated operands are the sum over shards, at every order.
+"""Scenes and queries split over CPU devices, points replicated: under ``shard_map``, and under ``jit`` on its own.
 
-The failure guarded against: values right, gradients silently those of one shard.
+The failures guarded against: values right, gradients silently those of one shard; results right, but only because every
+device gathered everything and did all the work.
 """
 
 import functools
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 
 import jax_knn_aggregate as jka
@@ -164,3 +165,221 @@ def test_explicit_mesh(cpu_implementation, cpu_devices, rng):
 
     got = helpers.quick_jit(jax.value_and_grad(sharded, range(5)))(*placed)
     helpers.assert_trees_close(got, single(name, cpu_implementation, x), 1e-9)
+
+
+# ---- jit over sharded arrays
+
+
+KINDS = (AxisType.Auto, AxisType.Explicit)
+
+
+@pytest.fixture(autouse=True)
+def _x64_in_all_threads():
+    """XLA asks for the program of one shard in a thread of its own."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def grid(request, eight_cpu_devices):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(request.param,) * 2, devices=eight_cpu_devices)
+
+
+def split(batch, q, rest):
+    """Specs of x: those of q; of the points' arrays."""
+    return (S(*q), *[S(*rest)] * 4), batch
+
+
+LAYOUTS = {
+    "queries": split((), "a", ()),
+    "queries over two axes": split((), (("a", "b"),), ()),
+    "scenes": split((8,), "b", "b"),
+    "scenes and queries": split((4,), "ab", "a"),
+}
+
+
+@pytest.mark.parametrize("layout, path", [*((name, None) for name in LAYOUTS), ("scenes and queries", "xla")])
+def test_jit(layout, path, grid, rng):
+    """Values, first and second derivatives; no collective forward, only all-reduce backward; results stay split."""
+    specs, batch = LAYOUTS[layout]
+    x = helpers.cloud(rng, "aniso", Q, P, F, batch=batch)
+    placed = helpers.place(grid, x, specs)
+    op = helpers.outputs("aniso", K, path)
+    forward = helpers.quick_jit(op)
+    assert not helpers.collectives(forward, *placed)
+    got = forward(*placed)
+    helpers.assert_trees_close(got, helpers.oracle("aniso", x, K)[:3], 1e-12)
+    for a in got:
+        assert a.sharding.is_equivalent_to(NamedSharding(grid, specs[0]), a.ndim)
+
+    step = helpers.quick_jit(jax.value_and_grad(losses(path)["Eikonal"], range(5)))
+    assert helpers.kinds(step, *placed) <= {"all-reduce"}
+    got = step(*placed)
+    helpers.assert_trees_close(got, single("Eikonal", path, x), 1e-9)
+    for a, s in zip(got[1], specs, strict=True):
+        assert a.sharding.is_equivalent_to(NamedSharding(grid, s), a.ndim)
+
+
+def test_jit_forward_mode_and_third_order(grid, rng):
+    """The primitives that a reverse-mode step does not have: jvp, vjp_jvp, and the reference's own derivatives."""
+    x, v = (problem(rng) for _ in range(2))
+    specs = LAYOUTS["queries"][0]
+    loss = losses(None)["Eikonal"]
+
+    def derivatives(*xv):
+        x, v = xv[:5], xv[5:]
+        first = jax.jvp(helpers.outputs("aniso", K), x, v)[1]
+        second = jax.jvp(jax.grad(losses(None)["first"], range(5)), x, v)[1]
+        third = jax.grad(lambda q: jnp.sum(jax.grad(loss)(q, *x[1:]) * v[0]))(x[0])
+        return first, second, third
+
+    compiled = helpers.quick_jit(derivatives)
+    placed = helpers.place(grid, (*x, *v), specs * 2)
+    assert helpers.kinds(compiled, *placed) <= {"all-reduce"}
+    helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(derivatives)(*x, *v), 1e-9)
+
+
+def test_jit_every_entry_point(cpu_implementation, grid, rng):
+    x = problem(rng)
+    options = {"implementation": cpu_implementation}
+    idxs, table = rng.integers(-1, P, (Q, K)), rng.integers(-1, P, (P, K))
+
+    def every(q, p, f, sigma, R, idxs, table, length):
+        return (
+            jka.knn_aggregate_aniso(q, p, f, sigma, R, K, p_lengths=length, **options),
+            jka.knn_aggregate_aniso_precomputed(q, p, f, sigma, R, idxs, **options),
+            jka.knn_aggregate_aniso_lookup(q, p, f, sigma, R, table, K, **options),
+            jka.knn_aggregate(q, p, f, sigma[:, :1], K, **options),
+            jka.knn_search(q, p, K, p_lengths=length, **options),
+            jka.knn_search_aniso(q, p, sigma, R, K, **options),
+        )
+
+    args = (*x, idxs, table, np.int32(7))
+    placed = helpers.place(grid, args, (*LAYOUTS["queries"][0], S("a"), S(), S()))
+    compiled = helpers.quick_jit(every)
+    assert not helpers.collectives(compiled, *placed)
+    got, want = compiled(*placed), helpers.quick_jit(every)(*helpers.on_cpu(args))
+    helpers.assert_trees_close(got, want, 1e-12)
+    for a in jax.tree.leaves(got):
+        assert a.sharding.is_equivalent_to(NamedSharding(grid, S("a")), a.ndim)
+    tables = jax.jit(lambda p: jka.build_knn_table(p, K, **options))  # of points split as the queries that they are
+    (q,) = helpers.place(grid, x[:1], [S("a") if KINDS[0] in grid.axis_types else S()])
+    np.testing.assert_array_equal(tables(q), tables(helpers.on_cpu(x[0])))
+
+
+def test_replicated_operands_join_split_ones(grid, rng):
+    """Queries of all scenes on every device, scenes split: each device takes the queries of its own scenes."""
+    x = problem(rng, (8,))
+    specs = (S(), *[S("a")] * 4)
+    step = helpers.quick_jit(jax.value_and_grad(losses(None)["Eikonal"], range(5)))
+    got = step(*helpers.place(grid, x, specs))
+    helpers.assert_trees_close(got, single("Eikonal", None, x), 1e-9)
+
+
+@pytest.mark.parametrize("manual", [(), ("a",), ("a", "b")], ids=["jit", "partially manual", "fully manual"])
+def test_scan_of_remat_of_vmap(manual, grid, rng):
+    """Descent on scenes, split over a, of queries, split over b."""
+    specs = (S("a", "b"), *[S("a")] * 4)
+    x = problem(rng, (4,))
+
+    def steps(*x, total=lambda a: a):
+        def loss(*x):
+            return total(jax.vmap(jax.checkpoint(losses(None)["Eikonal"]))(*x).sum())
+
+        def step(x, _):
+            return tuple(a - 0.01 * d for a, d in zip(x, jax.grad(loss, range(5))(*x), strict=True)), None
+
+        return jax.lax.scan(step, x, length=2)[0]
+
+    def kept(spec):
+        return S(*(name if name in manual else None for name in spec))
+
+    fn = steps
+    if manual:
+        inside = tuple(map(kept, specs))
+        total = (lambda a: jax.lax.psum(a, "b")) if "b" in manual else (lambda a: a)
+        part = functools.partial(steps, total=total)
+        fn = jax.shard_map(part, mesh=grid, in_specs=inside, out_specs=inside, axis_names=set(manual))
+    compiled = helpers.quick_jit(fn)
+    placed = helpers.place(grid, x, specs)
+    auto_inside_manual = manual == ("a",) and AxisType.Auto in grid.axis_types  # README: gathers
+    assert ("all-gather" in helpers.kinds(compiled, *placed)) == auto_inside_manual
+    if not auto_inside_manual:
+        assert helpers.kinds(compiled, *placed) <= {"all-reduce"}
+    helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(steps)(*x), 1e-9)
+
+
+# ---- What cannot be split
+
+
+def test_uneven_shards_are_gathered(eight_cpu_devices, rng):
+    """13 queries on 4 devices are padded by XLA; the padding must not enter the points' gradients."""
+    mesh = Mesh(np.array(eight_cpu_devices[:4]), ("a",))
+    x = helpers.cloud(rng, "aniso", 16, P, F)
+    fn = jax.value_and_grad(lambda q, *rest: losses(None)["Eikonal"](q[:13] * 1.5, *rest), range(5))
+    compiled = helpers.quick_jit(fn)
+    placed = helpers.place(mesh, x, LAYOUTS["queries"][0])
+    helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(fn)(*x), 1e-9)
+
+
+def test_split_points_are_gathered_on_auto_meshes(eight_cpu_devices, rng):
+    mesh = Mesh(np.array(eight_cpu_devices[:3]), ("a",))
+    x = problem(rng)
+    placed = helpers.place(mesh, x, (S(), *[S("a")] * 4))
+    step = helpers.quick_jit(jax.value_and_grad(losses(None)["Eikonal"], range(5)))
+    assert "all-gather" in helpers.kinds(step, *placed)
+    helpers.assert_trees_close(step(*placed), single("Eikonal", None, x), 1e-9)
+
+
+def test_errors_on_explicit_meshes(eight_cpu_devices, rng):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=eight_cpu_devices[:4])
+    x = helpers.cloud(rng, "aniso", Q, 8, F)
+    op = jax.jit(lambda *x: jka.knn_aggregate_aniso(*x, K))
+    with pytest.raises(ValueError, match=r"which every device needs whole.*reshard.*points_axis"):
+        op(*helpers.place(mesh, x, (S("a"), *[S("b")] * 4)))
+    batched = problem(rng, (4,))
+    with pytest.raises(ValueError, match="but another operand over"):
+        op(*helpers.place(mesh, batched, (S("a"), S("b"), *[S("a")] * 3)))
+    with pytest.raises(ValueError, match="used for different axes"):
+        op(*helpers.place(mesh, batched, (S(None, "a"), *[S("a")] * 4)))
+
+
+def test_export_on_several_devices(grid, rng):
+    """What README says of each kind: inside shard_map always, under jit alone on Explicit meshes."""
+    pytest.importorskip("flatbuffers")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jka.FFI_TARGETS]
+    x = problem(rng)
+    specs = LAYOUTS["queries"][0]
+    placed = helpers.place(grid, x, specs)
+    op = helpers.outputs("aniso", K)
+
+    def read(fn):
+        data = jax.export.export(helpers.quick_jit(fn), platforms=["cpu"], disabled_checks=checks)(*placed).serialize()
+        return jax.export.deserialize(bytearray(data))
+
+    inside = jax.shard_map(op, mesh=grid, in_specs=specs, out_specs=S("a"))
+    artifacts = [read(inside)]
+    if AxisType.Explicit in grid.axis_types:
+        artifacts.append(read(op))
+    else:
+        with pytest.raises(NotImplementedError):
+            read(op)
+    for artifact in artifacts:
+        assert artifact.nr_devices == 8
+        call = jax.jit(artifact.call)
+        assert not helpers.collectives(call, *placed)
+        helpers.assert_trees_close(call(*placed), helpers.oracle("aniso", x, K)[:3], 1e-12)
+
+
+def test_x64_of_one_thread(eight_cpu_devices, rng):
+    """The right result, or an error that says what to do; not one about shapes from inside JAX."""
+    jax.config.update("jax_enable_x64", False)  # the test itself runs under jax.enable_x64(True)
+    mesh = Mesh(np.array(eight_cpu_devices[:4]), ("a",))
+    x = problem(rng)
+    try:
+        got = helpers.quick_jit(helpers.outputs("aniso", K))(*helpers.place(mesh, x, LAYOUTS["queries"][0]))
+    except jax.errors.JaxRuntimeError as error:
+        assert "Set it for all threads" in str(error)
+    else:
+        helpers.assert_trees_close(got, helpers.oracle("aniso", x, K)[:3], 1e-12)

@@ -53,7 +53,11 @@ struct Aggregate {
   Operand<const int32_t> order;    // [pairs of a group]
   Operand<const int32_t> offsets;  // [P + 1]
   PairFactors<T>* factors;         // [Q, K], in full batch; scratch
+  T* pieces;                       // [pairs of a group / kPiecePairs, 2, F + kPieceTerms]; scratch, on CUDA alone
 };
+
+// Scratch of the CUDA kernel: the grouped pairs are cut into pieces of as many, and each leaves up to two points' sums.
+inline constexpr int64_t kPiecePairs = 64, kPieceTerms = 16;
 
 // Not whether there is scratch: without queries that has no elements, and may be null.
 template <class T, class TF>

@@ -1,11 +1,14 @@
 // The aggregate op and its derivatives on CPUs.
 //
-// Phase 1 goes through queries and writes what belongs to them, and the factors of each pair where phase 2 wants them.
-// Phase 2 goes through points and sums over the pairs that name the point, in the order of the pair's number: results
-// do not depend on how many threads there are.
+// Phase 1 sorts queries, and points, along a curve where what neighbours share would not stay in cache otherwise. Phase
+// 2 goes through queries and writes what belongs to them, and the factors of each pair where phase 3 wants them. Phase
+// 3 goes through points and sums over the pairs that name the point, in the order of the pair's number. Pairs are
+// gathered into blocks, and the metric's code computes a SIMD vector of them at a time. Which pairs share a vector, and
+// so how sums are rounded, depends on the operands alone: not on how many threads there are.
 
 #include "aggregate/cpu.h"
 
+#include "common/curve.h"
 #include "common/simd.h"
 
 namespace knn::KNN_ISA {
@@ -15,6 +18,10 @@ constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int kBlock = 64;  // pairs looked at together
+
+// A number of each pair of a block.
+template <class T>
+using Column = T[kBlock];
 
 template <class T>
 const T* AtOrNull(const Operand<const T>& operand, const Batch& batch, int64_t b) {
@@ -53,17 +60,21 @@ KNN_FN T DotRows(const TF* a, const TF* b, int64_t n) {
   return sum;
 }
 
-// Rows come in random order: memory has to be asked for them early.
-template <class TF>
-KNN_FN void Prefetch(const TF* row, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(TF);
+// Rows come in no order that memory would guess: it has to be asked for them early.
+template <class U>
+KNN_FN void Prefetch(const U* row, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(U);
   for (int64_t i = 0; i < Min(n, 8 * kLine); i += kLine) __builtin_prefetch(row + i);
+}
+template <class U>
+KNN_FN void PrefetchRow(const U* rows, int64_t i, int64_t n) {
+  if (rows != nullptr) Prefetch(rows + i * n, n);
 }
 
 // Rows of features, and what they are multiplied with.
 template <class T, class TF>
 struct Rows {
-  int n = 0;
+  int64_t n = 0;
   const TF* row[2 * kBlock];
   T factor[2 * kBlock];
 
@@ -92,14 +103,14 @@ class RowSum {
 
   void Add(const Rows<T, TF>& rows) {
     if (short_ > 0) {
-      for (int r = 0; r < rows.n; ++r) {
+      for (int64_t r = 0; r < rows.n; ++r) {
         for (int l = 0; l < short_; ++l) sum_[0].v[l] = Fma(rows.factor[r], Widen(rows.row[r][l]), sum_[0].v[l]);
       }
       return;
     }
     V sum[kVectors];
     for (int v = 0; v < kVectors; ++v) sum[v] = sum_[v];
-    for (int r = 0; r < rows.n; ++r) {
+    for (int64_t r = 0; r < rows.n; ++r) {
       const V factor = V::Broadcast(rows.factor[r]);
       for (int v = 0; v < kVectors; ++v) sum[v] = Fma(factor, LoadWide<T>(rows.row[r] + start_[v]), sum[v]);
     }
@@ -108,7 +119,11 @@ class RowSum {
 
   void Write(TF* row) const {
     for (int v = 0; v < (short_ > 0 ? 1 : kVectors); ++v) {
-      for (int l = 0; l < (short_ > 0 ? short_ : V::kLanes); ++l) Narrow(sum_[v].v[l], row + start_[v] + l);
+      if (sizeof(T) == sizeof(TF) && short_ == 0) {
+        std::memcpy(row + start_[v], &sum_[v], sizeof sum_[v]);
+      } else {
+        for (int l = 0; l < (short_ > 0 ? short_ : V::kLanes); ++l) Narrow(sum_[v].v[l], row + start_[v] + l);
+      }
     }
   }
 
@@ -121,10 +136,17 @@ class RowSum {
 template <class T, class TF, template <class> class Metric, AggregateRole role>
 struct Aggregator {
   using Args = Aggregate<T, TF>;
-  using M = Metric<T>;
+  using V = Vec<T>;
+  using M = Metric<V>;
   using Parameters = typename M::Parameters;
   static constexpr bool kTangents = role == AggregateRole::kJvp || role == AggregateRole::kVjpVjp;
   static constexpr bool kCotangents = role == AggregateRole::kVjp || role == AggregateRole::kVjpVjp;
+  static constexpr T kInf = static_cast<T>(HUGE_VAL);
+
+  // Parameters as an array: sigma, then R.
+  static constexpr int kParameters = M::kSigma + M::kR;
+  static_assert(sizeof(Parameters) == kParameters * sizeof(V));
+  static V* ArrayOf(Parameters& m) { return reinterpret_cast<V*>(&m); }
 
   // The operands of one batch entry.
   struct Points {
@@ -141,10 +163,16 @@ struct Aggregator {
           f(AtOrNull(args.f, batch, b)),
           v_f(AtOrNull(args.v_f, batch, b)) {}
 
-    Parameters Load(int64_t j) const { return M::Load(sigma + M::kSigma * j, R + M::kR * j); }
-    Parameters LoadTangent(int64_t j) const {
-      static constexpr T kZeros[9] = {};
-      return M::Load(v_sigma == nullptr ? kZeros : v_sigma + M::kSigma * j, v_R == nullptr ? kZeros : v_R + M::kR * j);
+    // Parameters of point j, or their tangents: a number each, as far as there are any.
+    template <class Take>
+    static void EachParameter(const T* sigma, const T* R, int64_t j, Take&& take) {
+      for (int i = 0; i < M::kSigma && sigma != nullptr; ++i) take(i, sigma[M::kSigma * j + i]);
+      for (int i = 0; i < M::kR && R != nullptr; ++i) take(M::kSigma + i, R[M::kR * j + i]);
+    }
+    static Parameters Broadcast(const T* sigma, const T* R, int64_t j) {
+      Parameters m = {};
+      EachParameter(sigma, R, j, [&m](int i, T x) { ArrayOf(m)[i] = V::Broadcast(x); });
+      return m;
     }
   };
   struct Queries {
@@ -160,127 +188,284 @@ struct Aggregator {
           ct_f(AtOrNull(args.ct_f, args.batch, b)) {}
   };
 
-  static Vec3<T> Difference(const T* q, const T* p, int64_t i, int64_t j) {
-    const Vec3<T> zero = {0, 0, 0};
-    return (q == nullptr ? zero : Load3(q + 3 * i)) - (p == nullptr ? zero : Load3(p + 3 * j));
-  }
+  // d = q − p of a block's pairs, or its tangent.
+  struct Differences {
+    alignas(64) Column<T> at[3];
 
-  // The gradient in d of what a pair adds; adds that in the parameters to m_bar.
-  static Vec3<T> Gradient(const Points& points, const Queries& queries, int64_t i, int64_t j, const Parameters& m,
-                          const Parameters& dm, const PairFactors<T>& by, Parameters& m_bar) {
-    const Vec3<T> d = Difference(queries.q, points.p, i, j);
+    void Put(int64_t n, const T* q, const T* p, int64_t i, int64_t j) {
+      for (int a = 0; a < 3; ++a) at[a][n] = (q == nullptr ? 0 : q[3 * i + a]) - (p == nullptr ? 0 : p[3 * j + a]);
+    }
+    Vec3<V> Load(int64_t n) const { return {V::Load(at[0] + n), V::Load(at[1] + n), V::Load(at[2] + n)}; }
+  };
+  struct ParameterColumns {
+    alignas(64) Column<T> at[kParameters];
+
+    void Put(int64_t n, const T* sigma, const T* R, int64_t j) {
+      Points::EachParameter(sigma, R, j, [this, n](int i, T x) { at[i][n] = x; });
+    }
+    Parameters Load(int64_t n) const {
+      Parameters m;
+      for (int i = 0; i < kParameters; ++i) ArrayOf(m)[i] = V::Load(at[i] + n);
+      return m;
+    }
+  };
+  struct FactorColumns {
+    alignas(64) Column<T> feature, a_e, dist, exponent;
+
+    void Put(int64_t n, const PairFactors<T>& x) {
+      feature[n] = x.feature, a_e[n] = x.a_e, dist[n] = x.dist, exponent[n] = x.exponent;
+    }
+    PairFactors<T> Get(int64_t n) const { return {feature[n], a_e[n], dist[n], exponent[n]}; }
+    PairFactors<V> Load(int64_t n) const {
+      return {V::Load(feature + n), V::Load(a_e + n), V::Load(dist + n), V::Load(exponent + n)};
+    }
+    void Store(int64_t n, const PairFactors<V>& x) {
+      x.feature.Store(feature + n), x.a_e.Store(a_e + n), x.dist.Store(dist + n), x.exponent.Store(exponent + n);
+    }
+  };
+
+  // The gradient in d of what pairs add; adds that in the parameters to m_bar.
+  static Vec3<V> Gradient(const Parameters& m, const Parameters& dm, Vec3<V> d, Vec3<V> dd, const PairFactors<V>& by,
+                          Parameters& m_bar) {
     if constexpr (kTangents) {
-      const Vec3<T> dd = Difference(queries.v_q, points.v_p, i, j);
       return M::SecondGradient(m, d, dd, dm, by.a_e, {by.dist, by.exponent}, m_bar);
     } else {
       return M::Gradient(m, d, {by.dist, by.exponent}, m_bar);
     }
   }
 
-  // Phase 1.
-
-  static constexpr int64_t kQueriesPerTask = 64;
-  static int64_t QueryTasks(const Args& args) { return Count(args.batch) * Ceil(args.Q, kQueriesPerTask); }
-
-  // Does neighbours [begin, end) of query i in batch entry b, and gathers the rows that they add to f_out.
-  static void Pairs(const Args& args, int64_t b, const Points& points, const Queries& queries, const int32_t* idxs,
-                    int64_t i, int64_t begin, int64_t end, Rows<T, TF>& rows, Vec3<T>& q_bar) {
-    const bool geometry =
-        args.q_bar != nullptr || args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
-    rows.n = 0;
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t j = idxs[i * args.K + k];
-      if (j >= 0 && j < args.P) Prefetch(points.f + j * args.F, args.F);
-    }
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t j = idxs[i * args.K + k], slot = i * args.K + k, at = b * args.Q * args.K + slot;
-      Pair<T> value = {0, 0};  // D and e, or their tangents
-      T w = 0, w_value = 0;
-      PairFactors<T> factors = {0, 0, 0, 0};
-      bool exists = j >= 0 && j < args.P;
-      Parameters m = {};
-      Vec3<T> d = {0, 0, 0};
-      if (exists) {
-        m = points.Load(j);
-        d = Difference(queries.q, points.p, i, j);
-        value = M::Value(m, d);
-        if (role != AggregateRole::kValue && value.dist == static_cast<T>(HUGE_VAL)) {
-          exists = false;
-          value = {0, 0};
-        }
-      }
-      if (exists) {
-        w = w_value = Exp(-value.exponent);
-        Parameters dm = {};
-        if constexpr (kTangents) {
-          dm = points.LoadTangent(j);
-          value = M::Tangent(m, d, Difference(queries.v_q, points.v_p, i, j), dm);
-          w_value = -w * value.exponent;
-        }
-        if constexpr (kCotangents) {
-          const T ct_w = queries.ct_w == nullptr ? 0 : queries.ct_w[slot];
-          const T ct_d = queries.ct_d == nullptr ? 0 : queries.ct_d[slot];
-          const auto dot = [&](const TF* f) -> T {
-            if (!geometry || queries.ct_f == nullptr || f == nullptr) return 0;
-            return DotRows<T>(queries.ct_f + i * args.F, f + j * args.F, args.F);
-          };
-          if constexpr (role == AggregateRole::kVjp) {
-            factors = FirstOrderFactors(w, dot(points.f), ct_w, ct_d);
-          } else {
-            factors = SecondOrderFactors(w, dot(points.f), ct_w, ct_d, dot(points.v_f), value.exponent);
-          }
-          if (args.q_bar != nullptr && HasMetricTerms(factors)) {
-            Parameters unused = {};
-            Accumulate(q_bar, Gradient(points, queries, i, j, m, dm, factors, unused));
-          }
-        }
-        rows.Add(points.f + j * args.F, w_value);
-        if (kTangents && points.v_f != nullptr) rows.Add(points.v_f + j * args.F, w);
-      }
-      if (args.w_out != nullptr) args.w_out[at] = w_value;
-      if (args.dists != nullptr) {
-        args.dists[at] = exists || role != AggregateRole::kValue ? value.dist : static_cast<T>(HUGE_VAL);
-      }
-      if (kCotangents && WantsPoints(args)) args.factors[at] = factors;
-    }
+  static bool WantsGeometry(const Args& args) {
+    return args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
   }
 
-  static void DoQueries(const Args& args, void* /*scratch*/, int64_t task) {
-    const int64_t tasks = Ceil(args.Q, kQueriesPerTask), b = task / tasks;
-    const int64_t begin = task % tasks * kQueriesPerTask, end = Min(begin + kQueriesPerTask, args.Q);
-    const Points points(args, args.batch, b);
-    const Queries queries(args, b);
-    const int32_t* idxs = At(args.idxs, args.batch, b);
-    const int64_t F = args.f_out == nullptr ? 0 : args.F;
-    Rows<T, TF> rows;
-    for (int64_t i = begin; i < end; ++i) {
-      Vec3<T> q_bar = {0, 0, 0};
-      for (int64_t at = 0; at == 0 || at < F; at += RowSum<T, TF>::kFeatures) {
-        RowSum<T, TF> sum(F, at);
-        for (int64_t k = 0; k < args.K; k += kBlock) {
-          if (at == 0 || args.K > kBlock) {  // else rows still holds them all
-            Pairs(args, b, points, queries, idxs, i, k, Min(k + kBlock, args.K), rows, q_bar);
-          }
-          if (F > 0) sum.Add(rows);
-        }
-        if (F > 0) sum.Write(args.f_out + (b * args.Q + i) * args.F);
-        if (at == 0 && args.q_bar != nullptr) Store3(q_bar, args.q_bar + 3 * (b * args.Q + i));
-      }
+  // Phase 1.
+
+  // Rows of features, or of their cotangents, that take no more than this stay in cache whatever the order, and then
+  // the order in memory is best for what is read once.
+  static constexpr int64_t kCache = 1 << 20;
+  static bool Large(const Args& args, int64_t rows) {
+    return rows * args.F * static_cast<int64_t>(sizeof(TF)) > kCache;
+  }
+
+  static int64_t GroupSets(const Args& args) { return kCotangents && WantsPoints(args) ? Count(args.kept) : 0; }
+
+  // How many entries' queries, and how many group sets' points, phase 1 sorts.
+  static int64_t QuerySorts(const Args& args) { return Large(args, args.P) ? Count(args.batch) : 0; }
+  static int64_t PointSorts(const Args& args) { return Large(args, args.Q) ? GroupSets(args) : 0; }
+  static int64_t SortTasks(const Args& args) { return QuerySorts(args) + PointSorts(args); }
+
+  static int64_t ScratchBytes(const Args& args) {
+    return 2 * sizeof(uint64_t) * (QuerySorts(args) * args.Q + PointSorts(args) * args.P);
+  }
+
+  // Numbers in the order in which to take them.
+  struct Order {
+    uint64_t* keys;  // or null
+    int64_t operator[](int64_t n) const { return keys == nullptr ? n : static_cast<uint32_t>(keys[n]); }
+  };
+  static Order QueryOrder(const Args& args, void* scratch, int64_t b) {
+    return {QuerySorts(args) == 0 ? nullptr : static_cast<uint64_t*>(scratch) + 2 * b * args.Q};
+  }
+  static Order PointOrder(const Args& args, void* scratch, int64_t c) {
+    if (PointSorts(args) == 0) return {nullptr};
+    return {static_cast<uint64_t*>(scratch) + 2 * (QuerySorts(args) * args.Q + c * args.P)};
+  }
+
+  static void Sort(const Args& args, void* scratch, int64_t task) {
+    const int64_t c = task - QuerySorts(args);
+    if (c < 0) {
+      SortAlongCurve(At(args.q, args.batch, task), args.Q, QueryOrder(args, scratch, task).keys);
+    } else {
+      SortAlongCurve(At(args.p, args.kept, c), args.P, PointOrder(args, scratch, c).keys);
     }
   }
 
   // Phase 2.
 
-  static int64_t GroupPairs(const Args& args) {
-    int64_t n = args.Q * args.K;
-    for (int a = 0; a < args.batch.ndim; ++a) {
-      if (args.kept.size[a] != args.batch.size[a]) n *= args.batch.size[a];
-    }
-    return n;
-  }
-  static int64_t Ranges(const Args& args) { return Min(args.P, Ceil(args.P + GroupPairs(args), 4096)); }
+  static constexpr int64_t kQueriesPerTask = 128;
+  static int64_t QueryTasks(const Args& args) { return Count(args.batch) * Ceil(args.Q, kQueriesPerTask); }
 
-  static int64_t PointTasks(const Args& args) { return WantsPoints(args) ? Count(args.kept) * Ranges(args) : 0; }
+  static void PrefetchQuery(const Args& args, const Queries& queries, const int32_t* idxs, int64_t b, int64_t i) {
+    PrefetchRow(idxs, i, args.K);
+    PrefetchRow(queries.q, i, 3);
+    PrefetchRow(queries.ct_f, i, args.F);
+    PrefetchRow(queries.ct_w, i, args.K);
+    PrefetchRow(queries.ct_d, i, args.K);
+    PrefetchRow(args.f_out, b * args.Q + i, args.F);
+    PrefetchRow(args.w_out, b * args.Q + i, args.K);
+    PrefetchRow(args.dists, b * args.Q + i, args.K);
+    PrefetchRow(args.factors, b * args.Q + i, args.K);
+  }
+
+  // Pairs of some queries, as phase 2 looks at them: the pairs of one query, and then those of the next.
+  struct Block {
+    int64_t n;
+    int64_t slot[kBlock], point[kBlock];  // point is −1, and columns hold anything, where there is no neighbour
+    Differences d, dd;
+    ParameterColumns m, dm;
+    alignas(64) Column<T> exists;            // 1 or 0
+    alignas(64) Column<T> ct_w, ct_d, b, a;  // b = ⟨g, f⟩ and a = ⟨g, ḟ⟩
+    alignas(64) Column<T> w, w_value, dist;  // of dist and w_value, the tangents if there are any
+    FactorColumns factors;
+    Differences q_bar;
+  };
+
+  // Appends neighbours [begin, end) of query i.
+  static void Gather(const Args& args, const Points& points, const Queries& queries, const int32_t* idxs, int64_t i,
+                     int64_t begin, int64_t end, Block& block) {
+    const bool dots = kCotangents && queries.ct_f != nullptr && (args.q_bar != nullptr || WantsGeometry(args));
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t slot = i * args.K + k, idx = idxs[slot], n = block.n++;
+      const bool exists = idx >= 0 && idx < args.P;
+      const int64_t j = exists ? idx : -1;
+      block.slot[n] = slot;
+      block.point[n] = j;
+      block.exists[n] = exists;
+      if (!exists) continue;
+      block.d.Put(n, queries.q, points.p, i, j);
+      block.m.Put(n, points.sigma, points.R, j);
+      Prefetch(points.f + j * args.F, args.F);
+      if constexpr (kTangents) {
+        block.dd.Put(n, queries.v_q, points.v_p, i, j);
+        block.dm.Put(n, points.v_sigma, points.v_R, j);
+        if (points.v_f != nullptr) Prefetch(points.v_f + j * args.F, args.F);
+      }
+      if constexpr (kCotangents) {
+        block.ct_w[n] = queries.ct_w == nullptr ? 0 : queries.ct_w[slot];
+        block.ct_d[n] = queries.ct_d == nullptr ? 0 : queries.ct_d[slot];
+      }
+    }
+    if (!dots) return;
+    for (int64_t n = block.n - (end - begin); n < block.n; ++n) {
+      const int64_t j = block.point[n];
+      if (j < 0) continue;
+      const TF* g = queries.ct_f + i * args.F;
+      block.b[n] = DotRows<T>(g, points.f + j * args.F, args.F);
+      if (kTangents && points.v_f != nullptr) block.a[n] = DotRows<T>(g, points.v_f + j * args.F, args.F);
+    }
+  }
+
+  static void Compute(const Args& args, Block& block) {
+    const V zero = V::Broadcast(0);
+    for (int64_t n = 0; n < block.n; n += V::kLanes) {
+      const Parameters m = block.m.Load(n);
+      const Vec3<V> d = block.d.Load(n);
+      Pair<V> value = M::Value(m, d);  // D and e, or their tangents
+      V exists = V::Load(block.exists + n);
+      const auto if_exists = [&exists](V x) { return Select(exists.v != 0, x, V::Broadcast(0)); };
+      if constexpr (role != AggregateRole::kValue) exists = Select(value.dist.v == kInf, zero, exists);
+      const V w = if_exists(Exp(-value.exponent));
+      V w_value = w;
+      if constexpr (role == AggregateRole::kValue) {
+        value.dist = Select(exists.v != 0, value.dist, V::Broadcast(kInf));
+      }
+      if constexpr (kTangents) {
+        const Parameters dm = block.dm.Load(n);
+        const Vec3<V> dd = block.dd.Load(n);
+        value = M::Tangent(m, d, dd, dm);
+        value = {if_exists(value.dist), if_exists(value.exponent)};
+        w_value = if_exists(-w * value.exponent);
+      }
+      if constexpr (kCotangents) {
+        const V b = V::Load(block.b + n), ct_w = V::Load(block.ct_w + n), ct_d = V::Load(block.ct_d + n);
+        PairFactors<V> by;
+        if constexpr (role == AggregateRole::kVjp) {
+          by = FirstOrderFactors(w, b, ct_w, ct_d);
+        } else {
+          by = SecondOrderFactors(w, b, ct_w, ct_d, V::Load(block.a + n), value.exponent);
+        }
+        by = {if_exists(by.feature), if_exists(by.a_e), if_exists(by.dist), if_exists(by.exponent)};
+        block.factors.Store(n, by);
+        if (args.q_bar != nullptr) {
+          Parameters unused = {};
+          const Vec3<V> g = Gradient(m, block.dm.Load(n), d, block.dd.Load(n), by, unused);
+          const auto has_terms = (by.a_e.v != 0) | (by.dist.v != 0) | (by.exponent.v != 0);
+          Select(has_terms, g.x, zero).Store(block.q_bar.at[0] + n);
+          Select(has_terms, g.y, zero).Store(block.q_bar.at[1] + n);
+          Select(has_terms, g.z, zero).Store(block.q_bar.at[2] + n);
+        }
+      }
+      exists.Store(block.exists + n);
+      w.Store(block.w + n);
+      w_value.Store(block.w_value + n);
+      value.dist.Store(block.dist + n);
+    }
+  }
+
+  // Writes what belongs to pairs of batch entry b.
+  static void WritePairs(const Args& args, int64_t b, const Block& block) {
+    const int64_t first = b * args.Q * args.K;
+    for (int64_t n = 0; n < block.n; ++n) {
+      const int64_t at = first + block.slot[n];
+      if (args.w_out != nullptr) args.w_out[at] = block.w_value[n];
+      if (args.dists != nullptr) args.dists[at] = block.dist[n];
+      if (kCotangents && WantsPoints(args)) args.factors[at] = block.factors.Get(n);
+    }
+  }
+
+  // Rows that pairs [begin, end) add to f_out.
+  static void RowsOf(const Args& args, const Points& points, const Block& block, int64_t begin, int64_t end,
+                     Rows<T, TF>& rows) {
+    rows.n = 0;
+    for (int64_t n = begin; n < end; ++n) {
+      if (block.exists[n] == 0) continue;
+      rows.Add(points.f + block.point[n] * args.F, block.w_value[n]);
+      if (kTangents && points.v_f != nullptr) rows.Add(points.v_f + block.point[n] * args.F, block.w[n]);
+    }
+  }
+
+  static void DoQueries(const Args& args, void* scratch, int64_t task) {
+    const int64_t tasks = Ceil(args.Q, kQueriesPerTask), b = task / tasks, K = args.K;
+    const int64_t begin = task % tasks * kQueriesPerTask, end = Min(begin + kQueriesPerTask, args.Q);
+    const Points points(args, args.batch, b);
+    const Queries queries(args, b);
+    const int32_t* idxs = At(args.idxs, args.batch, b);
+    const Order query = QueryOrder(args, scratch, b);
+    const int64_t F = args.f_out == nullptr ? 0 : args.F;
+    Block block = {};
+    Rows<T, TF> rows;
+    const int64_t together = K > kBlock ? 1 : kBlock / (K < 1 ? 1 : K);
+    for (int64_t first = begin; first < end; first += together) {
+      const int64_t last = Min(first + together, end);
+      for (int64_t i = last; i < Min(last + together, end); ++i) PrefetchQuery(args, queries, idxs, b, query[i]);
+      // Several queries are one block. The pairs of one query with many neighbours are several blocks, which have to be
+      // computed anew for every window of features.
+      for (int64_t i = first; i < last; ++i) {
+        Vec3<T> q_bar = {0, 0, 0};
+        for (int64_t window = 0; window == 0 || window < F; window += RowSum<T, TF>::kFeatures) {
+          RowSum<T, TF> sum(F, window);
+          for (int64_t k = 0; k < K; k += kBlock) {
+            const int64_t of_query = Min(kBlock, K - k);
+            if (K > kBlock || (window == 0 && i == first)) {
+              block.n = 0;
+              for (int64_t j = i; j < (K > kBlock ? i + 1 : last); ++j) {
+                Gather(args, points, queries, idxs, query[j], k, k + of_query, block);
+              }
+              Compute(args, block);
+              WritePairs(args, b, block);
+            }
+            const int64_t at = K > kBlock ? 0 : (i - first) * K;
+            if (window == 0 && args.q_bar != nullptr) {
+              for (int64_t n = at; n < at + of_query; ++n) {
+                Accumulate(q_bar, Vec3<T>{block.q_bar.at[0][n], block.q_bar.at[1][n], block.q_bar.at[2][n]});
+              }
+            }
+            if (F > 0) {
+              RowsOf(args, points, block, at, at + of_query, rows);
+              sum.Add(rows);
+            }
+          }
+          if (F > 0) sum.Write(args.f_out + (b * args.Q + query[i]) * args.F);
+        }
+        if (args.q_bar != nullptr) Store3(q_bar, args.q_bar + 3 * (b * args.Q + query[i]));
+      }
+    }
+  }
+
+  // Phase 3.
+
+  static constexpr int64_t kPointsPerTask = 32;
+  static int64_t PointTasks(const Args& args) { return GroupSets(args) * Ceil(args.P, kPointsPerTask); }
 
   // Finds the queries and factors of pairs in group set c.
   struct Cursor {
@@ -308,99 +493,102 @@ struct Aggregator {
     int64_t QueryOf(int64_t slot) const { return static_cast<uint32_t>(slot) / static_cast<uint32_t>(args.K); }
   };
 
-  // The first point of range r: points are split where their number and that of their pairs, together, are.
-  static int64_t Split(const Args& args, const int32_t* offsets, int64_t r) {
-    const int64_t target = (args.P + offsets[args.P]) * r / Ranges(args);
-    int64_t low = 0, high = args.P;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (middle + offsets[middle] < target) {
-        low = middle + 1;
-      } else {
-        high = middle;
+  // What of a block of pairs is not the point's.
+  struct Others {
+    Differences d, dd;
+    FactorColumns factors;
+    int64_t n;  // pairs with terms of the metric
+    Rows<T, TF> rows;
+  };
+
+  static void Gather(const Args& args, const Points& points, const int32_t* order, int64_t begin, int64_t end,
+                     int64_t end_of_point, int64_t j, Cursor& cursor, Others& others) {
+    const bool geometry = WantsGeometry(args), features = args.f_bar != nullptr;
+    constexpr int64_t kAhead = 12;
+    const int64_t last = end_of_point;
+    others.n = others.rows.n = 0;
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t slot = cursor.Seek(order[pair]), i = cursor.QueryOf(slot);
+      const PairFactors<T> by = cursor.factors[slot];
+      if (pair + kAhead < last) cursor.PrefetchFactors(order[pair + kAhead]);
+      if (geometry) {
+        others.d.Put(others.n, cursor.queries.q, points.p, i, j);
+        if constexpr (kTangents) others.dd.Put(others.n, cursor.queries.v_q, points.v_p, i, j);
+        others.factors.Put(others.n, by);
+        others.n += HasMetricTerms(by);
+      }
+      if (features && cursor.queries.ct_f != nullptr) {
+        PrefetchRow(cursor.queries.ct_f, i, args.F);
+        others.rows.Add(cursor.queries.ct_f + i * args.F, by.feature);
       }
     }
-    return low;
   }
 
-  static void DoPoints(const Args& args, void* /*scratch*/, int64_t task) {
-    const int64_t c = task / Ranges(args), r = task % Ranges(args);
+  static void DoPoints(const Args& args, void* scratch, int64_t task) {
+    const int64_t tasks = Ceil(args.P, kPointsPerTask), c = task / tasks;
+    const int64_t begin = task % tasks * kPointsPerTask, end = Min(begin + kPointsPerTask, args.P);
     const Points points(args, args.kept, c);
     const int32_t* order = AtOrNull(args.order, args.kept, c);
     const int32_t* offsets = At(args.offsets, args.kept, c);
+    const Order point = PointOrder(args, scratch, c);
     Cursor cursor(args, c);
-    const int64_t end = Split(args, offsets, r + 1);
-    for (int64_t j = Split(args, offsets, r); j < end; ++j) {
-      if (args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr) {
-        DoGeometry(args, points, order, offsets[j], offsets[j + 1], j, c * args.P + j, cursor);
-      }
-      if (args.f_bar != nullptr) DoFeatures(args, order, offsets[j], offsets[j + 1], c * args.P + j, cursor);
-    }
-  }
-
-  static void DoGeometry(const Args& args, const Points& points, const int32_t* order, int64_t begin, int64_t end,
-                         int64_t j, int64_t at, Cursor& cursor) {
-    const Parameters m = points.Load(j);
-    const Parameters dm = kTangents ? points.LoadTangent(j) : Parameters{};
-    Parameters m_bar = {};
-    Vec3<T> d_bar = {0, 0, 0};
-    constexpr int64_t kAhead = 12;
-    const int64_t num_pairs = GroupPairs(args);
+    Others others = {};
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t slot = cursor.Seek(order[n]), i = cursor.QueryOf(slot);
-      if (n + kAhead < num_pairs) cursor.PrefetchFactors(order[n + kAhead]);
-      if (!HasMetricTerms(cursor.factors[slot])) continue;
-      Accumulate(d_bar, Gradient(points, cursor.queries, i, j, m, dm, cursor.factors[slot], m_bar));
-    }
-    if (args.p_bar != nullptr) Store3(Vec3<T>{0, 0, 0} - d_bar, args.p_bar + 3 * at);
-    if constexpr (M::kR > 0) {
-      if (args.sigma_bar != nullptr) Store3(m_bar.sigma, args.sigma_bar + 3 * at);
-      for (int row = 0; row < 3 && args.R_bar != nullptr; ++row)
-        Store3(m_bar.R.row[row], args.R_bar + 9 * at + 3 * row);
-    } else {
-      if (args.sigma_bar != nullptr) args.sigma_bar[at] = m_bar.sigma;
+      DoPoint(args, points, order, offsets, c, point[n], cursor, others);
     }
   }
 
-  static void DoFeatures(const Args& args, const int32_t* order, int64_t begin, int64_t end, int64_t at,
-                         Cursor& cursor) {
-    for (int64_t feature = 0; feature < args.F; feature += RowSum<T, TF>::kFeatures) {
-      RowSum<T, TF> sum(args.F, feature);
+  static void DoPoint(const Args& args, const Points& points, const int32_t* order, const int32_t* offsets, int64_t c,
+                      int64_t j, Cursor& cursor, Others& others) {
+    const int64_t at = c * args.P + j, begin = offsets[j], end = offsets[j + 1];
+    const Parameters m = Points::Broadcast(points.sigma, points.R, j);
+    const Parameters dm = kTangents ? Points::Broadcast(points.v_sigma, points.v_R, j) : Parameters{};
+    Parameters m_bar = {};
+    Vec3<V> d_bar = {};
+    const int64_t F = args.f_bar == nullptr ? 0 : args.F;
+    for (int64_t window = 0; window == 0 || window < F; window += RowSum<T, TF>::kFeatures) {
+      RowSum<T, TF> sum(F, window);
       for (int64_t block = begin; block < end; block += kBlock) {
-        Rows<T, TF> rows;
-        for (int64_t n = block; n < Min(block + kBlock, end); ++n) {
-          const int64_t slot = cursor.Seek(order[n]);
-          if (cursor.queries.ct_f == nullptr) break;
-          const TF* row = cursor.queries.ct_f + cursor.QueryOf(slot) * args.F;
-          Prefetch(row + feature, args.F - feature);
-          rows.Add(row, cursor.factors[slot].feature);
+        if (window == 0 || end - begin > kBlock) {  // else others still holds them all
+          Gather(args, points, order, block, Min(block + kBlock, end), end, j, cursor, others);
         }
-        sum.Add(rows);
+        for (int64_t l = 0; window == 0 && l < others.n; l += V::kLanes) {
+          Parameters add = {};
+          const Vec3<V> g = Gradient(m, dm, others.d.Load(l), others.dd.Load(l), others.factors.Load(l), add);
+          // Lanes past the last pair hold anything.
+          const auto exists = V::Ramp().v < static_cast<T>(others.n - l);
+          const auto accumulate = [&](V& sum, V x) { sum = sum + Select(exists, x, V::Broadcast(0)); };
+          accumulate(d_bar.x, g.x), accumulate(d_bar.y, g.y), accumulate(d_bar.z, g.z);
+          for (int i = 0; i < kParameters; ++i) accumulate(ArrayOf(m_bar)[i], ArrayOf(add)[i]);
+        }
+        if (F > 0) sum.Add(others.rows);
       }
-      sum.Write(args.f_bar + at * args.F);
+      if (F > 0) sum.Write(args.f_bar + at * F);
+    }
+    if (args.p_bar != nullptr) Store3(Vec3<T>{-Sum(d_bar.x), -Sum(d_bar.y), -Sum(d_bar.z)}, args.p_bar + 3 * at);
+    for (int i = 0; i < M::kSigma && args.sigma_bar != nullptr; ++i) {
+      args.sigma_bar[M::kSigma * at + i] = Sum(ArrayOf(m_bar)[i]);
+    }
+    for (int i = 0; i < M::kR && args.R_bar != nullptr; ++i) {
+      args.R_bar[M::kR * at + i] = Sum(ArrayOf(m_bar)[M::kSigma + i]);
     }
   }
 
-  static constexpr CpuKernel<Args> Kernel() {
-    if constexpr (kCotangents) {
-      return {nullptr, {{&QueryTasks, &DoQueries}, {&PointTasks, &DoPoints}}};
-    } else {
-      return {nullptr, {{&QueryTasks, &DoQueries}, {nullptr, nullptr}}};
-    }
-  }
+  static constexpr CpuKernel<Args> kKernel = {
+      &ScratchBytes, {{&SortTasks, &Sort}, {&QueryTasks, &DoQueries}, {&PointTasks, &DoPoints}}};
 };
 
 template <class T, class TF, template <class> class Metric>
 CpuKernel<Aggregate<T, TF>> OfRole(AggregateRole role) {
   switch (role) {
     case AggregateRole::kValue:
-      return Aggregator<T, TF, Metric, AggregateRole::kValue>::Kernel();
+      return Aggregator<T, TF, Metric, AggregateRole::kValue>::kKernel;
     case AggregateRole::kJvp:
-      return Aggregator<T, TF, Metric, AggregateRole::kJvp>::Kernel();
+      return Aggregator<T, TF, Metric, AggregateRole::kJvp>::kKernel;
     case AggregateRole::kVjp:
-      return Aggregator<T, TF, Metric, AggregateRole::kVjp>::Kernel();
+      return Aggregator<T, TF, Metric, AggregateRole::kVjp>::kKernel;
     default:
-      return Aggregator<T, TF, Metric, AggregateRole::kVjpVjp>::Kernel();
+      return Aggregator<T, TF, Metric, AggregateRole::kVjpVjp>::kKernel;
   }
 }
 

@@ -1,9 +1,13 @@
-// The aggregate op and its derivatives on CUDA, without atomics: every result is owned by one warp, which sums in a
-// fixed order, so results have the same bits from run to run.
+// The aggregate op and its derivatives on CUDA, without atomics: every sum is taken in a fixed order, so results have
+// the same bits from run to run.
 //
-// A warp per query does what belongs to queries. Its lanes are now pairs (one neighbour each, for distances and
-// metrics), now features (for rows of f). Where gradients of points are wanted it leaves four factors a pair behind,
-// and a warp per point then sums over the pairs that name the point, in the order that invert() fixed.
+// A team of 16 lanes per query does what belongs to queries. Its lanes are now pairs (one neighbour each, for distances
+// and metrics), now words of one neighbour's parameters or features (for loads that meet few cache lines). Where
+// gradients of points are wanted it leaves four factors a pair behind. The pairs, in the order that invert() fixed, are
+// then cut into pieces of one size, whatever the lengths of the points' lists. A warp per piece sums over each point in
+// it, and a last kernel adds up the points that more than one piece has seen.
+
+#include <cuda_pipeline_primitives.h>
 
 #include "aggregate/cuda.h"
 #include "common/cuda.cuh"
@@ -11,8 +15,11 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int kWarps = 4;       // of a block of queries
-constexpr int kPointWarps = 8;  // of a block of points
+constexpr int kTeam = 16;       // lanes that share a query, or a row of features
+constexpr int kTeams = 8;       // of a block of queries
+constexpr int kPieceWarps = 4;  // of a block of pieces
+constexpr int kJoinWarps = 8;   // of a block of points
+constexpr int kRows = 4;        // rows of features that a team has in flight
 
 // kWidth features of a row that starts at `row`, widened.
 template <int kWidth, class T, class TF>
@@ -36,11 +43,6 @@ __device__ __forceinline__ void StoreFeatures(const T (&in)[kWidth], TF* row) {
   *reinterpret_cast<Pack*>(row) = pack;
 }
 
-template <class M, class T>
-__device__ __forceinline__ typename M::Parameters LoadParameters(const T* sigma, const T* R, int64_t j) {
-  return M::Load(sigma + M::kSigma * j, M::kR > 0 ? R + M::kR * j : nullptr);
-}
-
 // Tangents of a point's parameters, zero where there are none.
 template <class M, class T>
 __device__ __forceinline__ typename M::Parameters LoadTangents(const T* sigma, const T* R, int64_t j) {
@@ -58,364 +60,464 @@ __device__ __forceinline__ Vec3<T> Load3If(const T* a, int64_t i) {
   return a == nullptr ? Vec3<T>{0, 0, 0} : Load3(a + 3 * i);
 }
 
-// ⟨a, row j of b⟩ over features for the pairs that lanes hold: lane l gets that of its own j, 0 where j < 0.
-//
-// Rows are taken kGroup at a time, for as many loads in flight, and the lanes' partial sums are reduced together: each
-// step hands half of the sums to the lane's partner, 9 shuffles for 8 sums instead of 40.
-template <int kWidth, class T, class TF>
-__device__ __forceinline__ T FeatureDots(const TF* a, const TF* b, int32_t j, int count, int64_t F) {
-  constexpr int kGroup = 8;
-  const int lane = threadIdx.x % kWarp;
-  T mine = 0;
-  for (int group = 0; group < count; group += kGroup) {
-    T part[kGroup] = {};
-    int32_t row[kGroup];
+// Sums over a team, of as many values as it has lanes: lane l returns that of part[l]. Each step hands half of the sums
+// to the lane's partner, 15 shuffles for 16 sums instead of 64.
+template <int kSums, class T>
+__device__ __forceinline__ T TeamSums(const T (&part)[kSums]) {
+  if constexpr (kSums == 1) {
+    return part[0];
+  } else {
+    constexpr int kHalf = kSums / 2;
+    const bool high = (threadIdx.x & kHalf) != 0;
+    T rest[kHalf];
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) row[g] = __shfl_sync(kFullMask, j, group + g);  // beyond count, j is −1
-    for (int64_t at = lane * kWidth; at < F; at += kWarp * kWidth) {
-      T x[kWidth];
-      LoadFeatures(a + at, x);
+    for (int i = 0; i < kHalf; ++i) {
+      const T a = part[i], b = part[i + kHalf];
+      rest[i] = (high ? b : a) + __shfl_xor_sync(kFullMask, high ? a : b, kHalf);
+    }
+    return TeamSums(rest);
+  }
+}
+
+// Rows of features for the first `count` pairs that a team's lanes hold. Lane l gets ⟨g, row j⟩ of its own j, and `sum`
+// grows by Σ c · (row j) over the team. Both are over the team's features alone, of which the lane's begin at
+// `feature`. Pairs with j < 0 add nothing.
+template <bool kDot, bool kSum, int kWidth, class T, class TF>
+__device__ __forceinline__ T VisitRows(const TF* f, int F, int feature, int32_t j, int count, T c, const T (&g)[kWidth],
+                                       T (&sum)[kWidth]) {
+  const bool inside = feature < F;
+  if (inside) f += feature;
+  T dot[kTeam] = {};
 #pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        if (row[g] >= 0) {
-          T y[kWidth];
-          LoadFeatures(b + row[g] * F + at, y);
+  for (int group = 0; group < kTeam; group += kRows) {
+    if (group < count) {
+      T x[kRows][kWidth];
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) part[g] = Fma(x[i], y[i], part[g]);
+      for (int r = 0; r < kRows; ++r) {
+        // Pairs and lanes that have nothing to load load something else: a load under a condition waits for the last.
+        const int32_t row = __shfl_sync(kFullMask, j, group + r, kTeam);
+        LoadFeatures(f + int64_t{max(row, 0)} * F, x[r]);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) x[r][e] = inside && row >= 0 ? x[r][e] : T(0);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const T c_row = kSum ? __shfl_sync(kFullMask, c, group + r, kTeam) : T(0);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          if (kDot) dot[group + r] = Fma(g[e], x[r][e], dot[group + r]);
+          if (kSum) sum[e] = Fma(c_row, x[r][e], sum[e]);
         }
       }
     }
-#pragma unroll
-    for (int half = kGroup / 2, bit = kWarp / 2; half > 0; half /= 2, bit /= 2) {
-#pragma unroll
-      for (int g = 0; g < half; ++g) {
-        const bool high = (lane & bit) != 0;
-        const T keep = high ? part[g + half] : part[g], give = high ? part[g] : part[g + half];
-        part[g] = keep + __shfl_xor_sync(kFullMask, give, bit);
-      }
-    }
-#pragma unroll
-    for (int bit = kWarp / kGroup / 2; bit > 0; bit /= 2) part[0] += __shfl_xor_sync(kFullMask, part[0], bit);
-    // The sum of row g is now in lanes g·4 to g·4 + 3.
-    const T dot = __shfl_sync(kFullMask, part[0], lane % kGroup * (kWarp / kGroup));
-    if (lane / kGroup * kGroup == group) mine = dot;
   }
-  return mine;
+  return kDot ? TeamSums(dot) : T(0);
+}
+
+template <class T>
+__device__ __forceinline__ T TeamSum(T x) {
+#pragma unroll
+  for (int step = kTeam / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
+  return x;
 }
 
 enum class Order { kZeroth, kFirst, kSecond };
 
+// Blocks of a multiprocessor that registers must suffice for: what hides the most latency, as measured on an H200 at
+// F = 64. A few registers are spilled for it.
+template <class T, Order kOrder>
+constexpr int kQueryBlocks = sizeof(T) == 8             ? 1
+                             : kOrder == Order::kZeroth ? 8
+                             : kOrder == Order::kFirst  ? 7
+                                                        : 6;
+template <class T>
+constexpr int kPieceBlocks = sizeof(T) == 8 ? 1 : 6;
+
 // The half that owns queries. Zeroth order writes f_out, w_out, dists. Second order writes their tangents there, which
 // are the gradients in the cotangents as well.
 template <class M, class T, class TF, Order kOrder, int kWidth>
-__global__ void __launch_bounds__(kWarps* kWarp) QueryKernel(const Aggregate<T, TF> args, int64_t rows) {
-  constexpr bool kFirst = kOrder == Order::kFirst, kSecond = kOrder == Order::kSecond;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;  // of a query, over the whole batch
-  if (row >= rows) return;
-  const int64_t b = row / args.Q, i = row % args.Q;
-  const T* p = At(args.p, args.batch, b);
+__global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
+    QueryKernel(const Aggregate<T, TF> args, uint32_t rows) {
+  constexpr bool kFirst = kOrder == Order::kFirst, kSecond = kOrder == Order::kSecond, kGradients = kFirst || kSecond;
+  constexpr int kWords = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
+  __shared__ T fetched[kTeams][kTeam][kWords | 1];  // p, sigma, R of each lane's neighbour; odd, against bank conflicts
+  const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
+  // A query over the whole batch. A team that is left over repeats the last one, so that warps stay together.
+  const uint32_t row = min(blockIdx.x * kTeams + team, rows - 1), Q = static_cast<uint32_t>(args.Q);
+  const uint32_t b = row / Q, i = row - b * Q;
+  const int K = static_cast<int>(args.K), F = static_cast<int>(args.F);
   const TF* f = At(args.f, args.batch, b);
-  const T* sigma = At(args.sigma, args.batch, b);
-  const T* R = M::kR > 0 ? At(args.R, args.batch, b) : nullptr;
-  const int32_t* idxs = At(args.idxs, args.batch, b) + i * args.K;
-  const Vec3<T> query = Load3(At(args.q, args.batch, b) + 3 * i);
+  const int32_t* idxs = At(args.idxs, args.batch, b) + int64_t{i} * K;
+  const Vec3<T> query = Load3(At(args.q, args.batch, b) + 3 * int64_t{i});
 
-  const TF* ct_f = kFirst || kSecond ? AtIf(args.ct_f, args.batch, b) : nullptr;
-  const T* ct_w = kFirst || kSecond ? AtIf(args.ct_w, args.batch, b) : nullptr;
-  const T* ct_d = kFirst || kSecond ? AtIf(args.ct_d, args.batch, b) : nullptr;
-  if (ct_f != nullptr) ct_f += i * args.F;
-  const T* v_p = kSecond ? AtIf(args.v_p, args.batch, b) : nullptr;
-  const TF* v_f = kSecond ? AtIf(args.v_f, args.batch, b) : nullptr;
-  const T* v_sigma = kSecond ? AtIf(args.v_sigma, args.batch, b) : nullptr;
-  const T* v_R = kSecond && M::kR > 0 ? AtIf(args.v_R, args.batch, b) : nullptr;
-  const Vec3<T> v_query = Load3If(kSecond ? AtIf(args.v_q, args.batch, b) : nullptr, i);
-  const bool gradients = (kFirst || kSecond) && (args.q_bar != nullptr || args.factors != nullptr);
+  const TF* ct_f = kGradients ? AtIf(args.ct_f, args.batch, b) : nullptr;
+  if (ct_f != nullptr) ct_f += int64_t{i} * F;
 
-  // Lanes are pairs: what the lane's neighbour among start..start + 31 is and weighs. j < 0 where there is none.
+  // The word of a neighbour that this lane fetches for the lane that the neighbour belongs to.
+  const T* word = At(args.p, args.batch, b) + lane;
+  int stride = 3;
+  if (lane >= 3) {
+    word = At(args.sigma, args.batch, b) + (lane - 3);
+    stride = M::kSigma;
+  }
+  if (M::kR > 0 && lane >= 3 + M::kSigma) {
+    word = At(args.R, args.batch, b) + (lane - 3 - M::kSigma);
+    stride = M::kR;
+  }
+
+  // Lanes are pairs: the lane's neighbour among those from `start`, its weight and tangent. j < 0 where there is none.
   int32_t j = -1;
-  Vec3<T> d, dd;
-  typename M::Parameters m, dm;
-  Pair<T> value, tangent;
   T w = 0;
-  const auto visit = [&](int64_t start) {
-    const int32_t given = start + lane < args.K ? idxs[start + lane] : -1;
+  Pair<T> value = {0, 0}, tangent = {0, 0};
+  const T* own = fetched[team][lane];
+  const auto offset = [&] { return query - Load3(own); };
+  const auto parameters = [&] { return M::Load(own + 3, own + 3 + M::kSigma); };
+  const auto v_offset = [&] {
+    return Load3If(AtIf(args.v_q, args.batch, b), i) - Load3If(AtIf(args.v_p, args.batch, b), j);
+  };
+  const auto v_parameters = [&] {
+    return LoadTangents<M>(AtIf(args.v_sigma, args.batch, b), M::kR > 0 ? AtIf(args.v_R, args.batch, b) : nullptr, j);
+  };
+  const auto fetch = [&](int start) {
+    const int32_t given = start + lane < K ? idxs[start + lane] : -1;
     j = given >= 0 && given < args.P ? given : -1;
+    __syncwarp();  // the words before have been read
+#pragma unroll
+    for (int l = 0; l < kTeam; ++l) {
+      const int32_t j_l = __shfl_sync(kFullMask, j, l, kTeam);
+      if (j_l >= 0 && lane < kWords) {
+        __pipeline_memcpy_async(&fetched[team][l][lane], word + int64_t{j_l} * stride, sizeof(T));
+      }
+    }
+    __pipeline_commit();
+  };
+  const auto weigh = [&] {
+    __pipeline_wait_prior(0);
+    __syncwarp();
     w = 0;
     tangent = {0, 0};
     if (j < 0) return;
-    d = query - Load3(p + 3 * int64_t{j});
-    m = LoadParameters<M>(sigma, R, j);
-    value = M::Value(m, d);
-    if (kOrder != Order::kZeroth && value.dist == T(INFINITY)) {
+    value = M::Value(parameters(), offset());
+    if (kGradients && value.dist == T(INFINITY)) {
       j = -1;
       return;
     }
     w = Exp(-value.exponent);
-    if constexpr (kSecond) {
-      dd = v_query - Load3If(v_p, j);
-      dm = LoadTangents<M>(v_sigma, v_R, j);
-      tangent = M::Tangent(m, d, dd, dm);
-    }
+    if constexpr (kSecond) tangent = M::Tangent(parameters(), offset(), v_offset(), v_parameters());
   };
 
+  // Rows are visited once, both for ⟨ct_f, row⟩ and for sums over all neighbours, unless there are several blocks of
+  // features and several of neighbours: then pass −1 is for the former, and each block has a pass for its sums.
+  const bool once = K <= kTeam || F <= kSpan;
+  const bool dots = kGradients && ct_f != nullptr, gradients = args.q_bar != nullptr || args.factors != nullptr;
+  const int sum_blocks = kFirst || once || args.f_out == nullptr ? 0 : (F + kSpan - 1) / kSpan;
   Vec3<T> q_bar = {0, 0, 0};
-  for (int64_t start = 0; start < args.K; start += kWarp) {
-    visit(start);
-    const int count = static_cast<int>(min(int64_t{kWarp}, args.K - start));
-    const int64_t k = start + lane;
-    if (!kFirst && lane < count) {
-      if (args.w_out != nullptr) args.w_out[row * args.K + k] = kSecond ? -w * tangent.exponent : w;
-      if (args.dists != nullptr) {
-        args.dists[row * args.K + k] = kSecond ? tangent.dist : j < 0 ? T(INFINITY) : value.dist;
-      }
-    }
-    if (!gradients) continue;
-
-    // b = ⟨ct_f, f⟩ and a = ⟨ct_f, v_f⟩ of each pair.
-    const T b_pair = ct_f == nullptr ? T(0) : FeatureDots<kWidth, T>(ct_f, f, j, count, args.F);
-    const T a_pair = ct_f == nullptr || v_f == nullptr ? T(0) : FeatureDots<kWidth, T>(ct_f, v_f, j, count, args.F);
-    if (j >= 0) {
-      const T ct_w_pair = ct_w == nullptr ? T(0) : ct_w[i * args.K + k];
-      const T ct_d_pair = ct_d == nullptr ? T(0) : ct_d[i * args.K + k];
-      const PairFactors<T> factors = kSecond
-                                         ? SecondOrderFactors(w, b_pair, ct_w_pair, ct_d_pair, a_pair, tangent.exponent)
-                                         : FirstOrderFactors(w, b_pair, ct_w_pair, ct_d_pair);
-      if (args.factors != nullptr) args.factors[row * args.K + k] = factors;
-      if (args.q_bar != nullptr && HasMetricTerms(factors)) {
-        typename M::Parameters unused = {};
-        const Pair<T> c = {factors.dist, factors.exponent};
-        Accumulate(q_bar,
-                   kSecond ? M::SecondGradient(m, d, dd, dm, factors.a_e, c, unused) : M::Gradient(m, d, c, unused));
-      }
-    } else if (args.factors != nullptr && lane < count) {
-      args.factors[row * args.K + k] = {0, 0, 0, 0};
-    }
-  }
-
-  if ((kFirst || kSecond) && args.q_bar != nullptr) {
-    const Vec3<T> sum = {WarpSum(q_bar.x), WarpSum(q_bar.y), WarpSum(q_bar.z)};
-    if (lane < 3) args.q_bar[3 * row + lane] = lane == 0 ? sum.x : lane == 1 ? sum.y : sum.z;
-  }
-
-  // Lanes are features: Σ_k w f, or Σ_k w (v_f − s_e f), with one rounding at the end for 16-bit features. Of up to 32
-  // neighbours the lanes still know what they weigh.
-  if constexpr (!kFirst) {
-    if (args.f_out == nullptr) return;
-    for (int64_t block = 0; block < args.F; block += kWarp * kWidth) {
-      const int64_t at = block + lane * kWidth;
-      const bool inside = at < args.F;
-      T sum[kWidth] = {};
-      for (int64_t start = 0; start < args.K; start += kWarp) {
-        if (args.K > kWarp) visit(start);
-        const int count = static_cast<int>(min(int64_t{kWarp}, args.K - start));
-#pragma unroll 4
-        for (int l = 0; l < count; ++l) {
-          const int64_t jl = __shfl_sync(kFullMask, j, l);
-          const T w_l = __shfl_sync(kFullMask, w, l);
-          const T s_l = kSecond ? __shfl_sync(kFullMask, tangent.exponent, l) : T(0);
-          if (jl < 0 || !inside) continue;
-          T x[kWidth], dx[kWidth] = {};
-          LoadFeatures(f + jl * args.F + at, x);
-          if (kSecond && v_f != nullptr) LoadFeatures(v_f + jl * args.F + at, dx);
-#pragma unroll
-          for (int e = 0; e < kWidth; ++e) sum[e] = Fma(w_l, kSecond ? Fma(-s_l, x[e], dx[e]) : x[e], sum[e]);
+  for (int pass = once || kGradients ? -1 : 0; pass < sum_blocks; ++pass) {
+    const bool sums = !kFirst && args.f_out != nullptr && (once || pass >= 0);
+    const bool main = pass < 0 || (!kGradients && pass == 0);
+    const int first = pass < 0 ? 0 : pass * kSpan, last = pass < 0 ? F : min(F, first + kSpan);
+    T sum[kWidth] = {};
+    for (int start = 0; start < max(K, 1); start += kTeam) {  // once if K is 0, for zeros in f_out
+      fetch(start);
+      if (!kFirst) weigh();
+      const int count = min(kTeam, K - start), present = args.P > 0 ? count : 0, k = start + lane;
+      if (!kFirst && main && lane < count) {
+        if (args.w_out != nullptr) args.w_out[int64_t{row} * K + k] = kSecond ? -w * tangent.exponent : w;
+        if (args.dists != nullptr) {
+          args.dists[int64_t{row} * K + k] = kSecond ? tangent.dist : j < 0 ? T(INFINITY) : value.dist;
         }
       }
-      if (inside) StoreFeatures(sum, args.f_out + row * args.F + at);
+
+      // Σ_k w f, or Σ_k w (v_f − s_e f), with one rounding at the end for 16-bit features. With b = ⟨ct_f, f⟩ and
+      // a = ⟨ct_f, v_f⟩ of each pair.
+      T b_pair = 0, a_pair = 0;
+      for (int block = first; block < last && (sums || dots); block += kSpan) {
+        const int at = block + lane * kWidth;
+        T g[kWidth] = {};
+        if (dots && at < F) LoadFeatures(ct_f + at, g);
+        const T c = kSecond ? -w * tangent.exponent : w;
+        b_pair += VisitRows<kGradients, !kFirst>(f, F, at, j, present, c, g, sum);
+        if (kSecond && args.v_f.data != nullptr) {
+          a_pair += VisitRows<true, true>(At(args.v_f, args.batch, b), F, at, j, present, w, g, sum);
+        }
+        if (sums && start + kTeam >= K) {
+          if (at < F) StoreFeatures(sum, args.f_out + int64_t{row} * F + at);
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) sum[e] = 0;
+        }
+      }
+      if (kFirst) weigh();  // so late, since the rows need no weights and hide the wait for parameters
+      if (!kGradients || !main || !gradients) continue;
+
+      PairFactors<T> factors = {0, 0, 0, 0};
+      if (j >= 0) {
+        const T ct_w_pair = args.ct_w.data == nullptr ? T(0) : At(args.ct_w, args.batch, b)[int64_t{i} * K + k];
+        const T ct_d_pair = args.ct_d.data == nullptr ? T(0) : At(args.ct_d, args.batch, b)[int64_t{i} * K + k];
+        factors = kSecond ? SecondOrderFactors(w, b_pair, ct_w_pair, ct_d_pair, a_pair, tangent.exponent)
+                          : FirstOrderFactors(w, b_pair, ct_w_pair, ct_d_pair);
+      }
+      if (args.factors != nullptr && lane < count) args.factors[int64_t{row} * K + k] = factors;
+      __syncwarp();  // parameters are read again, instead of kept in registers meanwhile
+      if (args.q_bar != nullptr && j >= 0 && HasMetricTerms(factors)) {
+        typename M::Parameters unused = {};
+        const Pair<T> c = {factors.dist, factors.exponent};
+        Accumulate(q_bar, kSecond ? M::SecondGradient(parameters(), offset(), v_offset(), v_parameters(), factors.a_e,
+                                                      c, unused)
+                                  : M::Gradient(parameters(), offset(), c, unused));
+      }
     }
+  }
+
+  if (kGradients && args.q_bar != nullptr) {
+    const Vec3<T> sum = {TeamSum(q_bar.x), TeamSum(q_bar.y), TeamSum(q_bar.z)};
+    if (lane < 3) args.q_bar[3 * int64_t{row} + lane] = lane == 0 ? sum.x : lane == 1 ? sum.y : sum.z;
   }
 }
 
-// The half that owns points: their gradients, summed over all pairs that name the point.
-//
-// A warp takes a point. A point with a long list would keep its warp long after the others are done, so the whole block
-// then shares its list, and the warps' sums are added in the order of warps.
+template <class T, class TF>
+__device__ __forceinline__ bool WantsGeometry(const Aggregate<T, TF>& args) {
+  return args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
+}
+
+// Term e of the metric's gradients of a point: p, sigma, then R.
+template <class M, class T, class TF>
+__device__ __forceinline__ void StoreTerm(const Aggregate<T, TF>& args, int64_t row, int e, T value) {
+  if (e < 3) {
+    if (args.p_bar != nullptr) args.p_bar[3 * row + e] = -value;
+  } else if (e < 3 + M::kSigma) {
+    if (args.sigma_bar != nullptr) args.sigma_bar[M::kSigma * row + e - 3] = value;
+  } else if (args.R_bar != nullptr) {
+    args.R_bar[M::kR * row + e - 3 - M::kSigma] = value;
+  }
+}
+
+// The half that owns points: their gradients, summed over the pairs of one piece. A point's sum is a result if the
+// piece has all of its pairs. Else it goes to the piece's first or second place in args.pieces: first, if the point has
+// pairs in the piece before. At most one point is of each kind.
 template <class M, class T, class TF, bool kSecond, int kWidth>
-__global__ void __launch_bounds__(kPointWarps* kWarp)
-    PointKernel(const Aggregate<T, TF> args, const SplitBatch split, int64_t rows) {
-  constexpr int kTerms = 3 + M::kSigma + M::kR;
-  constexpr int kLong = 4 * kWarp;
-  __shared__ T partial[kPointWarps][kTerms > kWarp * kWidth ? kTerms : kWarp * kWidth];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __shared__ bool is_long[kPointWarps];
-  const bool geometry = args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
+__global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
+    PieceKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, uint32_t pieces,
+                uint32_t all_pieces) {
+  constexpr int kTerms = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
+  struct Row {
+    const TF* ct_f;
+    T factor;
+  };
+  __shared__ Row shared_rows[kPieceWarps][kWarp];
+  __shared__ T shared_terms[kPieceWarps][kWarp][kTerms | 1];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column = lane % kTeam, half = lane / kTeam;
+  auto& rows = shared_rows[warp];
+  auto& terms = shared_terms[warp];
+  const uint32_t piece = blockIdx.x * kPieceWarps + warp;
+  if (piece >= all_pieces) return;
+  const int64_t c = piece / pieces;
+  // What belongs to points does not vary along summed axes: their entry 0 serves.
+  const int64_t b0 = Join(split, c, 0);
+  const int32_t* order = At(args.order, args.batch, b0);
+  const int32_t* offsets = At(args.offsets, args.batch, b0);
+  const int64_t begin = int64_t{piece % pieces} * kPiecePairs, end = min(begin + kPiecePairs, int64_t{offsets[args.P]});
+  const uint32_t K = static_cast<uint32_t>(args.K), Q = static_cast<uint32_t>(args.Q);
 
-  // The pairs that name point `row`, counted over the kept batch.
-  struct List {
-    int64_t c, j, b0;
-    const int32_t* order;
-    int64_t begin, end;
-  };
-  const auto list_of = [&](int64_t row) {
-    List list;
-    list.c = row / args.P;
-    list.j = row % args.P;
-    // What belongs to points does not vary along summed axes: their entry 0 serves.
-    list.b0 = Join(split, list.c, 0);
-    list.order = At(args.order, args.batch, list.b0);
-    const int32_t* offsets = At(args.offsets, args.batch, list.b0) + list.j;
-    list.begin = offsets[0];
-    list.end = offsets[1];
-    return list;
-  };
-  // The query of pair number n, as an entry of the full batch and an index there.
-  const auto query_of = [&](const List& list, int32_t n, int64_t& b, int64_t& i) {
-    const int64_t in_all = n / args.K;
-    i = in_all % args.Q;
-    b = Join(split, list.c, in_all / args.Q);
-  };
-
-  // Lanes are pairs: gradients through the metric, of the share of warp `first` of `warps`.
-  const auto sum_geometry = [&](const List& list, int first, int warps, Vec3<T>& d_bar, typename M::Parameters& m_bar) {
-    const int64_t j = list.j, b0 = list.b0;
-    const Vec3<T> point = Load3(At(args.p, args.batch, b0) + 3 * j);
-    const typename M::Parameters m =
-        LoadParameters<M>(At(args.sigma, args.batch, b0), M::kR > 0 ? At(args.R, args.batch, b0) : nullptr, j);
-    Vec3<T> v_point = {0, 0, 0};
-    typename M::Parameters dm = {};
-    if constexpr (kSecond) {
-      v_point = Load3If(AtIf(args.v_p, args.batch, b0), j);
-      dm = LoadTangents<M>(AtIf(args.v_sigma, args.batch, b0), M::kR > 0 ? AtIf(args.v_R, args.batch, b0) : nullptr, j);
-    }
-    for (int64_t at = list.begin + first * kWarp + lane; at < list.end; at += warps * kWarp) {
-      const int32_t n = list.order[at];
-      int64_t b, i;
-      query_of(list, n, b, i);
-      const PairFactors<T> factors = args.factors[(b * args.Q + i) * args.K + n % args.K];
-      if (!HasMetricTerms(factors)) continue;
-      const Vec3<T> d = Load3(At(args.q, args.batch, b) + 3 * i) - point;
-      const Pair<T> c = {factors.dist, factors.exponent};
-      if constexpr (kSecond) {
-        const Vec3<T> dd = Load3If(AtIf(args.v_q, args.batch, b), i) - v_point;
-        Accumulate(d_bar, M::SecondGradient(m, d, dd, dm, factors.a_e, c, m_bar));
-      } else {
-        Accumulate(d_bar, M::Gradient(m, d, c, m_bar));
-      }
-    }
-  };
-
-  // Lanes are features block..block + kWarp·kWidth − 1: f̄ = Σ factor · ct_f.
-  const auto sum_features = [&](const List& list, int first, int warps, int64_t block, T(&sum)[kWidth]) {
-    const int64_t feature = block + lane * kWidth;
-    for (int64_t start = list.begin + first * kWarp; start < list.end; start += warps * kWarp) {
-      const TF* ct_f = nullptr;
-      T factor = 0;
-      if (start + lane < list.end) {
-        const int32_t n = list.order[start + lane];
-        int64_t b, i;
-        query_of(list, n, b, i);
-        factor = args.factors[(b * args.Q + i) * args.K + n % args.K].feature;
-        ct_f = At(args.ct_f, args.batch, b) + i * args.F;
-      }
-      const int count = static_cast<int>(min(int64_t{kWarp}, list.end - start));
-#pragma unroll 8
-      for (int l = 0; l < count; ++l) {
-        const T factor_l = __shfl_sync(kFullMask, factor, l);
-        const auto ct_l =
-            reinterpret_cast<const TF*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(ct_f), l));
-        if (feature < args.F) {
-          T x[kWidth];
-          LoadFeatures(ct_l + feature, x);
+  for (int64_t block = 0; block == 0 || (args.f_bar != nullptr && block < args.F); block += kSpan) {
+    const bool geometry = block == 0 && WantsGeometry(args);
+    const int64_t feature = block + column * kWidth;
+    const bool inside = args.f_bar != nullptr && feature < args.F;
+    const bool features = args.f_bar != nullptr && args.ct_f.data != nullptr && args.F > 0;
+    // Of `point`: lanes are features of every other pair, and terms of the metric's gradients.
+    int32_t point = -1;
+    T sum[kWidth] = {}, term = 0;
+    const auto finish = [&] {
+      if (point < 0) return;
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) sum[e] = Fma(factor_l, x[e], sum[e]);
+      for (int e = 0; e < kWidth; ++e) sum[e] += __shfl_xor_sync(kFullMask, sum[e], kTeam);
+      term += __shfl_xor_sync(kFullMask, term, kTeam);
+      const bool from_before = offsets[point] < begin;
+      if (half == 1) return;
+      if (!from_before && offsets[point + 1] <= end) {
+        const int64_t row = c * args.P + point;
+        if (inside) StoreFeatures(sum, args.f_bar + row * args.F + feature);
+        if (geometry && column < kTerms) StoreTerm<M>(args, row, column, term);
+      } else {
+        T* place = args.pieces + (2 * int64_t{piece} + (from_before ? 0 : 1)) * (args.F + kPieceTerms);
+        if (inside) StoreFeatures(sum, place + feature);
+        if (geometry) place[args.F + column] = term;
+      }
+    };
+
+    for (int64_t start = begin; start < end; start += kWarp) {
+      // Lanes are pairs.
+      int32_t j = -1;
+      __syncwarp();  // rows and terms before have been read
+      if (start + lane < end) {
+        const uint32_t n = static_cast<uint32_t>(order[start + lane]), in_all = n / K, s = in_all / Q;
+        const int64_t b = s == 0 ? b0 : Join(split, c, s), i = in_all - s * Q;
+        const int64_t slot = i * args.K + (n - in_all * K);
+        const PairFactors<T> factors = args.factors[b * args.Q * args.K + slot];
+        j = At(args.idxs, args.batch, b)[slot];
+        rows[lane] = {args.ct_f.data == nullptr ? nullptr : At(args.ct_f, args.batch, b) + i * args.F, factors.feature};
+        if (geometry) {
+          Vec3<T> d_bar = {0, 0, 0};
+          typename M::Parameters m_bar = {};
+          if (HasMetricTerms(factors)) {
+            const T* R = M::kR > 0 ? At(args.R, args.batch, b0) + M::kR * int64_t{j} : nullptr;
+            const auto m = M::Load(At(args.sigma, args.batch, b0) + M::kSigma * int64_t{j}, R);
+            const Vec3<T> d =
+                Load3(At(args.q, args.batch, b) + 3 * i) - Load3(At(args.p, args.batch, b0) + 3 * int64_t{j});
+            const Pair<T> weights = {factors.dist, factors.exponent};
+            if constexpr (kSecond) {
+              const Vec3<T> dd = Load3If(AtIf(args.v_q, args.batch, b), i) - Load3If(AtIf(args.v_p, args.batch, b0), j);
+              const auto dm = LoadTangents<M>(AtIf(args.v_sigma, args.batch, b0),
+                                              M::kR > 0 ? AtIf(args.v_R, args.batch, b0) : nullptr, j);
+              d_bar = M::SecondGradient(m, d, dd, dm, factors.a_e, weights, m_bar);
+            } else {
+              d_bar = M::Gradient(m, d, weights, m_bar);
+            }
+          }
+          const T* of_d = reinterpret_cast<const T*>(&d_bar);
+          const T* of_m = reinterpret_cast<const T*>(&m_bar);  // its scalars in a row, sigma first
+#pragma unroll
+          for (int e = 0; e < kTerms; ++e) terms[lane][e] = e < 3 ? of_d[e] : of_m[e - 3];
+        }
+      }
+      __syncwarp();
+
+      // Runs of one point. The halves of the warp take turns with its pairs.
+      const int count = static_cast<int>(min(int64_t{kWarp}, end - start));
+      for (int first = 0, last; first < count; first = last) {
+        const int32_t next = __shfl_sync(kFullMask, j, first);
+        last = first + __popc(__ballot_sync(kFullMask, j == next));
+        if (next != point) {
+          finish();
+          point = next;
+          term = 0;
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) sum[e] = 0;
+        }
+        for (int l = first + half; l - half < last; l += 2 * kRows) {
+          if (features) {
+            T x[kRows][kWidth], factor[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {  // all at once, even if some are beyond the last
+              const Row row = rows[min(l + 2 * r, last - 1)];
+              LoadFeatures(row.ct_f + (inside ? feature : 0), x[r]);
+              factor[r] = row.factor;
+            }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+              for (int e = 0; e < kWidth; ++e) sum[e] = Fma(factor[r], l + 2 * r < last ? x[r][e] : T(0), sum[e]);
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            if (geometry && l + 2 * r < last && column < kTerms) term += terms[l + 2 * r][column];
+          }
         }
       }
     }
-  };
+    finish();
+  }
+}
 
-  // Term e of the metric's gradients: p, sigma, then R.
-  const auto store_term = [&](int64_t row, int e, T value) {
-    if (e < 3) {
-      if (args.p_bar != nullptr) args.p_bar[3 * row + e] = -value;
-    } else if (e < 3 + M::kSigma) {
-      if (args.sigma_bar != nullptr) args.sigma_bar[M::kSigma * row + e - 3] = value;
-    } else if (args.R_bar != nullptr) {
-      args.R_bar[M::kR * row + e - 3 - M::kSigma] = value;
-    }
-  };
-  // Adds the lanes' terms up; lane e returns term e.
-  const auto sum_terms = [&](const Vec3<T>& d_bar, const typename M::Parameters& m_bar) {
-    const T* of_m = reinterpret_cast<const T*>(&m_bar);  // its scalars in a row, sigma first
-    const T* of_d = reinterpret_cast<const T*>(&d_bar);
-    T mine = 0;
-#pragma unroll
-    for (int e = 0; e < kTerms; ++e) {
-      const T sum = WarpSum(e < 3 ? of_d[e] : of_m[e - 3]);
-      mine = lane == e ? sum : mine;
-    }
-    return mine;
-  };
+// Adds up what pieces have left of points whose pairs lie in several, in their order, and writes the zeros of points
+// without pairs. A warp takes a point; then the whole block those of its points that have many pieces. Its points are
+// far apart, since long lists often are neighbours.
+template <class M, class T, class TF, int kWidth>
+__global__ void __launch_bounds__(kJoinWarps* kWarp)
+    JoinKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, int64_t pieces, uint32_t points) {
+  constexpr int kTerms = 3 + M::kSigma + M::kR, kLong = 32;
+  __shared__ T partial[kJoinWarps][kWarp * kWidth];
+  __shared__ bool is_long[kJoinWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, F = static_cast<int>(args.F);
+  const int first_column = args.f_bar != nullptr ? 0 : F, last_column = WantsGeometry(args) ? F + kTerms : F;
 
-  // Turn −1: each warp for itself. Turns 0 to kPointWarps − 1: all warps together, for the point of that warp.
-  const int64_t first_row = int64_t{blockIdx.x} * kPointWarps;
-  for (int turn = -1; turn < kPointWarps; ++turn) {
+  int turns = 0;
+  for (int turn = -1; turn < turns; ++turn) {  // −1: each warp for itself
     const bool together = turn >= 0;
     if (together && !is_long[turn]) continue;
-    const int64_t row = first_row + (together ? turn : warp);
-    List list = {};
-    if (row < rows) list = list_of(row);
+    const uint32_t row = blockIdx.x + (together ? turn : warp) * gridDim.x;
+    int64_t first_piece = 0;
+    int count = 1;  // a point in one piece is done
+    if (row < points) {
+      const uint32_t P = static_cast<uint32_t>(args.P), c = row / P;
+      const int32_t* offsets = At(args.offsets, args.batch, Join(split, c, 0)) + row % P;
+      const int32_t begin = offsets[0], end = offsets[1], piece = begin / kPiecePairs;
+      first_piece = c * pieces + piece;
+      count = begin == end ? 0 : (end - 1) / kPiecePairs - piece + 1;
+    }
     if (!together) {
-      const bool leave = list.end - list.begin > kLong;
-      if (lane == 0) is_long[warp] = leave;
-      __syncthreads();
-      if (leave || row >= rows) continue;
+      if (lane == 0) is_long[warp] = count > kLong;
+      if (__syncthreads_or(count > kLong)) turns = kJoinWarps;
+      if (count > kLong) continue;
     }
-    const int first = together ? warp : 0, warps = together ? kPointWarps : 1;
-
-    if (geometry) {
-      Vec3<T> d_bar = {0, 0, 0};
-      typename M::Parameters m_bar = {};
-      sum_geometry(list, first, warps, d_bar, m_bar);
-      T term = sum_terms(d_bar, m_bar);
-      if (together) {
-        if (lane < kTerms) partial[warp][lane] = term;
-        __syncthreads();
-        term = 0;
-        for (int w = 0; w < kPointWarps && lane < kTerms; ++w) term += partial[w][lane];
-        __syncthreads();
-      }
-      if (first == 0 && lane < kTerms) store_term(row, lane, term);
-    }
-    for (int64_t block = 0; block < args.F && args.f_bar != nullptr; block += kWarp * kWidth) {
+    if (count == 1) continue;
+    const int first = together ? count * warp / kJoinWarps : 0;
+    const int last = together ? count * (warp + 1) / kJoinWarps : count;
+    const T* places = args.pieces + 2 * first_piece * (F + kPieceTerms);
+    for (int block = first_column; block < last_column; block += kWarp * kWidth) {
+      const int column = block + lane * kWidth;
       T sum[kWidth] = {};
-      if (args.ct_f.data != nullptr) sum_features(list, first, warps, block, sum);
-      if (together) {
+      for (int t = first; t < last && column < last_column; t += kRows) {
+        T x[kRows][kWidth];
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) partial[warp][lane * kWidth + e] = sum[e];
+        for (int r = 0; r < kRows; ++r) {  // all at once, even if some are beyond the last
+          const int of = min(t + r, last - 1), place = 2 * of + (of == 0);  // the second place of the first piece
+          LoadFeatures(places + int64_t{place} * (F + kPieceTerms) + column, x[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) sum[e] += t + r < last ? x[r][e] : T(0);
+        }
+      }
+      if (together) {
+        StoreFeatures(sum, &partial[warp][lane * kWidth]);
         __syncthreads();
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           sum[e] = 0;
-          for (int w = 0; w < kPointWarps; ++w) sum[e] += partial[w][lane * kWidth + e];
+          for (int w = 0; w < kJoinWarps; ++w) sum[e] += partial[w][lane * kWidth + e];
         }
         __syncthreads();
+        if (warp > 0) continue;
       }
-      const int64_t feature = block + lane * kWidth;
-      if (first == 0 && feature < args.F) StoreFeatures(sum, args.f_bar + row * args.F + feature);
+      if (column < F) {
+        StoreFeatures(sum, args.f_bar + int64_t{row} * F + column);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          if (column + e < last_column) StoreTerm<M>(args, row, column + e - F, sum[e]);
+        }
+      }
     }
   }
 }
 
 template <class M, class T, class TF, Order kOrder, int kWidth>
 cudaError_t Launch(const Aggregate<T, TF>& args, cudaStream_t stream) {
-  const int64_t rows = Count(args.batch) * args.Q, blocks = CeilDiv(rows, kWarps);
-  if (cudaError_t error = CheckGrid(blocks); error != cudaSuccess) return error;
-  if (blocks > 0) {
-    QueryKernel<M, T, TF, kOrder, kWidth><<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args, rows);
+  const int64_t rows = Count(args.batch) * args.Q;
+  if (cudaError_t error = CheckGrid(rows); error != cudaSuccess) return error;
+  if (rows > 0) {
+    QueryKernel<M, T, TF, kOrder, kWidth><<<static_cast<unsigned>(CeilDiv(rows, kTeams)), kTeams * kTeam, 0, stream>>>(
+        args, static_cast<uint32_t>(rows));
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if constexpr (kOrder != Order::kZeroth) {
-    const int64_t points = Count(args.kept) * args.P, point_blocks = CeilDiv(points, kPointWarps);
-    if (cudaError_t error = CheckGrid(point_blocks); error != cudaSuccess) return error;
-    if (WantsPoints(args) && point_blocks > 0) {
-      PointKernel<M, T, TF, kOrder == Order::kSecond, kWidth>
-          <<<static_cast<unsigned>(point_blocks), kPointWarps * kWarp, 0, stream>>>(args, Split(args.batch, args.kept),
-                                                                                    points);
-      return cudaGetLastError();
+    const int64_t entries = Count(args.kept), points = entries * args.P;
+    if (!WantsPoints(args) || points == 0) return cudaSuccess;
+    const int64_t pieces = CeilDiv(rows / entries * args.K, kPiecePairs), all_pieces = entries * pieces;
+    if (cudaError_t error = CheckGrid(points + all_pieces); error != cudaSuccess) return error;
+    const SplitBatch split = Split(args.batch, args.kept);
+    if (all_pieces > 0) {
+      PieceKernel<M, T, TF, kOrder == Order::kSecond, kWidth>
+          <<<static_cast<unsigned>(CeilDiv(all_pieces, kPieceWarps)), kPieceWarps * kWarp, 0, stream>>>(
+              args, split, static_cast<uint32_t>(pieces), static_cast<uint32_t>(all_pieces));
+      if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
     }
+    JoinKernel<M, T, TF, kWidth><<<static_cast<unsigned>(CeilDiv(points, kJoinWarps)), kJoinWarps * kWarp, 0, stream>>>(
+        args, split, pieces, static_cast<uint32_t>(points));
   }
-  return cudaSuccess;
+  return cudaGetLastError();
 }
 
 template <class M, class T, class TF, int kWidth>
@@ -432,8 +534,7 @@ cudaError_t LaunchRole(const Aggregate<T, TF>& args, AggregateRole role, cudaStr
 
 template <class M, class T, class TF>
 cudaError_t LaunchWidth(const Aggregate<T, TF>& args, AggregateRole role, cudaStream_t stream) {
-  return args.F % (2 * kWarp) == 0 ? LaunchRole<M, T, TF, 2>(args, role, stream)
-                                   : LaunchRole<M, T, TF, 1>(args, role, stream);
+  return args.F % 4 == 0 ? LaunchRole<M, T, TF, 4>(args, role, stream) : LaunchRole<M, T, TF, 1>(args, role, stream);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 //   results   value, jvp: f_out (Q,F)  w_out (Q,K)  dists (Q,K), or their tangents
 //             want_x   gradients in q, p, f, sigma, [R]; those of points with size 1 along summed batch axes
 //             want_ct  gradients in the cotangents
-//             and, where a gradient of points is wanted, scratch (Q,K,4)
+//             and, where a gradient of points is wanted, scratch (Q,K,4), on CUDA also (pieces,2,F+16)
 
 #include "aggregate/cpu.h"
 #include "common/bind.h"
@@ -27,7 +27,7 @@ struct Masks {
 bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
 
 template <class T, class TF>
-Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& masks) {
+Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& masks, bool cuda) {
   const bool aniso = metric == MetricKind::kAnisotropic;
   const int64_t parameters = aniso ? 3 : 1;
   const int num_x = aniso ? 5 : 4;
@@ -59,8 +59,8 @@ Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& mas
   const bool points = (masks.want_x >> 1) != 0;
   const int32_t want_y = values ? 7 : masks.want_ct;
   a.kept = points ? in.RetBatch(Bit(masks.want_x, 0) ? 1 : 0) : a.batch;
+  int64_t pairs = a.Q * a.K;
   if (points) {
-    int64_t pairs = a.Q * a.K;
     for (int i = 0; i < a.batch.ndim; ++i) {
       if (a.kept.size[i] != a.batch.size[i]) pairs *= a.batch.size[i];
     }
@@ -77,6 +77,8 @@ Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& mas
   a.w_out = in.RetIf<T>(Bit(want_y, 1), a.batch, {a.Q, a.K});
   a.dists = in.RetIf<T>(Bit(want_y, 2), a.batch, {a.Q, a.K});
   a.factors = reinterpret_cast<PairFactors<T>*>(in.RetIf<T>(points, a.batch, {a.Q, a.K, 4}));
+  const int64_t pieces = (pairs + kPiecePairs - 1) / kPiecePairs;
+  a.pieces = in.RetIf<T>(points && cuda, a.kept, {pieces, 2, a.F + kPieceTerms});
   return a;
 }
 
@@ -108,7 +110,7 @@ ffi::Future Cpu(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRe
   return WithTypes(in, [&](auto t, auto tf) {
     using T = decltype(t);
     using TF = decltype(tf);
-    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks);
+    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks, /*cuda=*/false);
     return RunCpu(pool, in, BestKernel<T, TF>(metric, role), aggregate);
   });
 }
@@ -120,7 +122,7 @@ ffi::Error Cuda(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets
   return WithTypes(in, [&](auto t, auto tf) {
     using T = decltype(t);
     using TF = decltype(tf);
-    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks);
+    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks, /*cuda=*/true);
     return RunCuda(in, [&] { return LaunchAggregate(aggregate, metric, role, stream); });
   });
 }

@@ -51,7 +51,7 @@ KNN_FN bool HasMetricTerms(const PairFactors<T>& factors) {
 // b is ⟨g, f⟩.
 template <class T>
 KNN_FN PairFactors<T> FirstOrderFactors(T w, T b, T ct_w, T ct_d) {
-  return {w, T(0), ct_d, -w * (b + ct_w)};
+  return {w, T{}, ct_d, -w * (b + ct_w)};
 }
 
 // a is ⟨g, ḟ⟩.

@@ -35,12 +35,18 @@ KNN_FN int64_t Count(const Batch& batch) {
 // The array of batch entry b, which counts row-major over `batch`.
 template <class T>
 KNN_FN T* At(const Operand<T>& operand, const Batch& batch, int64_t b) {
+  // There are fewer than 2³² entries, and on a GPU the code of wider divisions would fill the instruction cache.
+  uint32_t entry = static_cast<uint32_t>(b);
   int64_t offset = 0;
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
   for (int a = batch.ndim - 1; a > 0; --a) {
-    offset += b % batch.size[a] * operand.stride[a];
-    b /= batch.size[a];
+    const uint32_t size = static_cast<uint32_t>(batch.size[a]), rest = entry / size;
+    offset += (entry - rest * size) * operand.stride[a];
+    entry = rest;
   }
-  if (batch.ndim > 0) offset += b * operand.stride[0];
+  offset += entry * operand.stride[0];
   return operand.data + offset;
 }
 
@@ -55,6 +61,17 @@ KNN_FN int64_t FullEntry(const Batch& batch, const Batch& kept, int64_t c, int64
     stride *= batch.size[a];
   }
   return b;
+}
+
+// `part` is `batch` with some axes of size 1: the entry of `part` that entry b of `batch` falls on.
+KNN_FN int64_t EntryOf(const Batch& part, const Batch& batch, int64_t b) {
+  int64_t entry = 0, stride = 1;
+  for (int a = batch.ndim - 1; a >= 0; --a) {
+    if (part.size[a] > 1) entry += b % batch.size[a] * stride;
+    stride *= part.size[a];
+    b /= batch.size[a];
+  }
+  return entry;
 }
 
 }  // namespace knn::KNN_ISA

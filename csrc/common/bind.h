@@ -20,9 +20,11 @@ struct Registration {
   XLA_FFI_Handler* handler;
 };
 
+std::vector<Registration> IndexRegistrations();
 std::vector<Registration> SearchRegistrations();
 std::vector<Registration> AggregateRegistrations();
 std::vector<Registration> InvertRegistrations();
+std::vector<Registration> DistortionRegistrations();
 
 // Runs `kernel` unless reading the buffers failed.
 template <class Args>

@@ -7,8 +7,10 @@
 
 namespace knn {
 
-// Work in up to two phases, each split into independent tasks. A phase starts when the one before is done. Tasks must
-// write disjoint memory, and what they compute must not depend on which thread runs them or in what order.
+inline constexpr int kMaxPhases = 10;
+
+// Work in phases, each split into independent tasks. A phase starts when the one before is done. Tasks must write
+// disjoint memory, and what they compute must not depend on which thread runs them or in what order.
 template <class Args>
 struct CpuKernel {
   struct Phase {
@@ -16,7 +18,7 @@ struct CpuKernel {
     void (*run)(const Args&, void* scratch, int64_t task);
   };
   int64_t (*scratch_bytes)(const Args&);  // of one block for all phases, aligned to 64; may be null
-  Phase phases[2];                        // the second may be null
+  Phase phases[kMaxPhases];               // those behind the last are null
 };
 
 // Every CPU kernel file is compiled once for each of these, with KNN_ISA set to the name, which is also the namespace

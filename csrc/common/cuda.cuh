@@ -19,12 +19,26 @@ __device__ __forceinline__ T WarpSum(T x) {
   return x;
 }
 
+__device__ __forceinline__ int WarpSum(int x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFullMask, x);
+#else
+  return WarpSum<int>(x);
+#endif
+}
+
 // Blocks are numbered in one dimension, which has room for 2³¹ − 1.
 inline cudaError_t CheckGrid(int64_t blocks) {
   return blocks < (int64_t{1} << 31) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// More than 48 KiB of shared memory must be asked for.
+template <class Kernel>
+cudaError_t AllowSharedMemory(Kernel* kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+KNN_FN int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Some batch axes are kept and some summed: an index over the kept ones and one over the summed ones, both row-major,
 // give the index over all.
@@ -44,18 +58,15 @@ inline SplitBatch Split(const Batch& batch, const Batch& kept) {
   return split;
 }
 
-__device__ __forceinline__ int64_t Join(const SplitBatch& split, int64_t c, int64_t s) {
-  int64_t b = 0, step = 1;
-#pragma unroll  // constant subscripts keep `split` out of local memory
-  for (int a = kMaxBatchAxes - 1; a >= 0; --a) {
-    if (a < split.ndim) {
-      const int64_t n = split.size[a], from = split.summed[a] ? s : c;
-      const int64_t rest = from / n;
-      b += (from - rest * n) * step;
-      s = split.summed[a] ? rest : s;
-      c = split.summed[a] ? c : rest;
-      step *= n;
-    }
+// Short code, since it is inlined often: 32 bits are enough for entries.
+__device__ __forceinline__ uint32_t Join(const SplitBatch& split, uint32_t c, uint32_t s) {
+  uint32_t b = 0, step = 1;
+#pragma unroll 1
+  for (int a = split.ndim - 1; a >= 0; --a) {
+    const uint32_t n = static_cast<uint32_t>(split.size[a]), from = split.summed[a] ? s : c, rest = from / n;
+    b += (from - rest * n) * step;
+    (split.summed[a] ? s : c) = rest;
+    step *= n;
   }
   return b;
 }

@@ -49,6 +49,9 @@ class Reader {
     return args_[i].dimensions()[batch_.ndim + axis];
   }
 
+  // Core size `axis` of the operand that comes next.
+  int64_t NextSize(int axis) { return Size(next_arg_, axis); }
+
   ffi::DataType Type(size_t i) const { return i < args_.size() ? args_[i].element_type() : ffi::DataType::INVALID; }
 
   template <class T>

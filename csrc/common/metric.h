@@ -92,6 +92,11 @@ KNN_FN void AccumulateOuter(Mat3<T>& sum, Vec3<T> a, Vec3<T> b) {
   }
 }
 
+// A symmetric matrix, in double: for bounds on distances, not for distances.
+struct Form {
+  double xx, yy, zz, xy, xz, yz;
+};
+
 // Distance and exponent, or their tangents, or the factors that multiply them.
 template <class T>
 struct Pair {
@@ -125,6 +130,29 @@ struct Anisotropic {
   KNN_FN static T Distance(const Parameters& m, Vec3<T> d) {
     const Vec3<T> u = m.R * d;
     return Fma(m.sigma.z * u.z, u.z, Fma(m.sigma.y * u.y, u.y, m.sigma.x * u.x * u.x));
+  }
+
+  // M of dist = dᵀMd.
+  KNN_FN static Form QuadraticForm(const Parameters& m) {
+    Form form = {};
+    const T sigma[3] = {m.sigma.x, m.sigma.y, m.sigma.z};
+    for (int i = 0; i < 3; ++i) {
+      const double s = sigma[i], x = m.R.row[i].x, y = m.R.row[i].y, z = m.R.row[i].z;
+      form.xx += s * x * x, form.yy += s * y * y, form.zz += s * z * z;
+      form.xy += s * x * y, form.xz += s * x * z, form.yz += s * y * z;
+    }
+    return form;
+  }
+
+  // A bound on what dist is a sum of: |terms of dist| together are at most Magnitude · (max_a |d_a|)².
+  KNN_FN static double Magnitude(const Parameters& m) {
+    const T sigma[3] = {m.sigma.x, m.sigma.y, m.sigma.z};
+    double sum = 0;
+    for (int i = 0; i < 3; ++i) {
+      const double row = fabs(double(m.R.row[i].x)) + fabs(double(m.R.row[i].y)) + fabs(double(m.R.row[i].z));
+      sum += fabs(double(sigma[i])) * row * row;
+    }
+    return sum;
   }
 
   KNN_FN static Pair<T> Value(const Parameters& m, Vec3<T> d) {
@@ -191,6 +219,8 @@ struct Isotropic {
   KNN_FN static Parameters LoadTangents(const T* sigma, const T* R) { return Load(sigma, R); }
 
   KNN_FN static T Distance(const Parameters& /*m*/, Vec3<T> d) { return Dot(d, d); }
+  KNN_FN static Form QuadraticForm(const Parameters& /*m*/) { return {1, 1, 1, 0, 0, 0}; }
+  KNN_FN static double Magnitude(const Parameters& /*m*/) { return 3; }
 
   KNN_FN static Pair<T> Value(const Parameters& m, Vec3<T> d) {
     const T dist = Dot(d, d);

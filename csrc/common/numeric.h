@@ -7,6 +7,7 @@
 #ifndef KNN_COMMON_NUMERIC_H_
 #define KNN_COMMON_NUMERIC_H_
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +27,18 @@
 #endif
 
 namespace knn {
+
+// What std::numeric_limits says, for device code as well.
+template <class T>
+struct Precision;
+template <>
+struct Precision<float> {
+  static constexpr float kEpsilon = FLT_EPSILON, kLeast = FLT_MIN, kMost = FLT_MAX;
+};
+template <>
+struct Precision<double> {
+  static constexpr double kEpsilon = DBL_EPSILON, kLeast = DBL_MIN, kMost = DBL_MAX;
+};
 
 // Storage of features; arithmetic is in float.
 struct BFloat16 {

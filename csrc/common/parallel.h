@@ -30,7 +30,7 @@ template <class Args>
 class Job {
  public:
   Job(const CpuKernel<Args>& kernel, const Args& args) : kernel_(kernel), args_(args) {
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kMaxPhases; ++i) {
       tasks_[i] = kernel.phases[i].run == nullptr ? 0 : kernel.phases[i].tasks(args);
     }
   }
@@ -44,12 +44,12 @@ class Job {
     return bytes == 0 || scratch_ != nullptr;
   }
 
-  int64_t MostTasks() const { return std::max(tasks_[0], tasks_[1]); }
+  int64_t MostTasks() const { return *std::max_element(tasks_, tasks_ + kMaxPhases); }
 
   // Every worker runs this. A worker that finds a phase's tasks all taken waits for those still running on other
   // threads; it never waits for a worker that has not started, so this cannot deadlock however few threads there are.
   void Work() {
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kMaxPhases; ++i) {
       int64_t task;
       while ((task = next_[i].fetch_add(1, std::memory_order_relaxed)) < tasks_[i]) {
         kernel_.phases[i].run(args_, scratch_, task);
@@ -63,9 +63,9 @@ class Job {
   const CpuKernel<Args> kernel_;
   const Args args_;
   void* scratch_ = nullptr;
-  int64_t tasks_[2];
-  std::atomic<int64_t> next_[2] = {};
-  std::atomic<int64_t> done_[2] = {};
+  int64_t tasks_[kMaxPhases];
+  std::atomic<int64_t> next_[kMaxPhases] = {};
+  std::atomic<int64_t> done_[kMaxPhases] = {};
 };
 
 // All workers are scheduled before this returns: a handler's pool must not be used after the handler has returned.

@@ -36,6 +36,6 @@ void Run(const Invert& v, void* /*scratch*/, int64_t task) {
 
 }  // namespace
 
-CpuKernel<Invert> InvertKernel() { return {nullptr, {{&Tasks, &Run}, {nullptr, nullptr}}}; }
+CpuKernel<Invert> InvertKernel() { return {nullptr, {{&Tasks, &Run}}}; }
 
 }  // namespace knn::KNN_ISA

@@ -5,6 +5,7 @@
 
 #include "common/batch.h"
 #include "common/metric.h"
+#include "index/index.h"
 
 namespace knn {
 
@@ -20,10 +21,33 @@ struct Search {
   Operand<const T> R;              // [P, 3, 3]; anisotropic only
   Operand<const int32_t> lengths;  // []; points from that index on do not exist
 
+  // Null data where there is no index: the kernel then compares all pairs, or sorts in its own way.
+  Index<T> index;
+
+  // Guesses at neighbours, any integers. Those that name points bound the search radius from the start. Null data and
+  // W = 0 where there are none.
+  int64_t W;
+  Operand<const int32_t> warm;  // [Q, W]
+
   // The result, in full batch, ordered by (distance, index): numbers, +inf, NaN, then −1.
   int32_t* idxs;  // [Q, K]
 };
 
 }  // namespace knn
+
+namespace knn::KNN_ISA {
+
+// The batch axes of `s` along which points vary.
+template <class T>
+Batch Clouds(const Search<T>& s) {
+  Batch clouds = s.batch;
+  for (int a = 0; a < clouds.ndim; ++a) {
+    const bool shared = s.p.stride[a] == 0 && s.sigma.stride[a] == 0 && s.R.stride[a] == 0 && s.lengths.stride[a] == 0;
+    if (shared && clouds.size[a] > 1) clouds.size[a] = 1;
+  }
+  return clouds;
+}
+
+}  // namespace knn::KNN_ISA
 
 #endif  // KNN_SEARCH_SEARCH_H_

@@ -1,7 +1,7 @@
 // Launches every CUDA kernel on small random inputs, for runs under compute-sanitizer. What they compute is compared
 // with an oracle by the Python tests; here it must merely be written everywhere.
 //
-//   nvcc -std=c++17 -DKNN_ISA=cuda -Icsrc csrc/tests/launch_all.cu csrc/*/cuda.cu -o launch_all
+//   nvcc -std=c++17 -DKNN_ISA=cuda -Icsrc csrc/tests/launch_all.cu csrc/*/cuda*.cu -o launch_all
 
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "aggregate/cuda.h"
+#include "distortion/cuda.h"
+#include "index/cuda.h"
 #include "invert/cuda.h"
 #include "search/cuda.h"
 
@@ -34,6 +36,11 @@ T* Allocate(int64_t n, const std::vector<T>& values = {}) {
   allocations.push_back(data);
   if (!values.empty()) Check(cudaMemcpy(data, values.data(), n * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
   return static_cast<T*>(data);
+}
+
+void Free() {
+  for (void* data : allocations) Check(cudaFree(data), "cudaFree");
+  allocations.clear();
 }
 
 // Random numbers, in full batch or shared. For 16-bit types any bits will do that make small numbers.
@@ -66,13 +73,38 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   const int32_t length = static_cast<int32_t>(P - P / 4);  // fewer than K may exist
   search.lengths = {Allocate<int32_t>(1, {length}), {0}};
   search.idxs = Allocate<int32_t>(B * Q * K);
-  Check(LaunchSearch(search, metric, nullptr), "search");
+  // In every way: all pairs compared, by the filter and without, and through an index, with guesses and without.
+  const int64_t clouds = shared ? 1 : B;
+  const int64_t bytes = 32 * (B * Q + clouds * P) + clouds * (128 * (P + 8) + 64 * 28 + 32) + (1 << 21);
+  void* const memory = Allocate<uint8_t>(bytes);
+  Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search");
+  Check(LaunchExhaustiveSearch(search, metric, nullptr), "exhaustive search");
+  const IndexShape shape = ShapeOfIndex(P);
+  const int64_t rows = aniso ? kLeafRows<MetricKind::kAnisotropic> : kLeafRows<MetricKind::kIsotropic>;
+  BuildIndex<T> build = {{1, {clouds}}, P, search.p, search.sigma, search.R, search.lengths};
+  build.leaves = Allocate<T>(clouds * shape.leaves * rows * kLeafSize);
+  build.order = Allocate<int32_t>(clouds * shape.leaves * kLeafSize);
+  build.nodes = Allocate<T>(clouds * shape.groups * kNodeRows * kFanOut);
+  Check(LaunchBuildIndex(build, metric, memory, bytes, nullptr), "index");
+  search.index.leaves = {build.leaves, {shared ? 0 : shape.leaves * rows * kLeafSize}};
+  search.index.order = {build.order, {shared ? 0 : shape.leaves * kLeafSize}};
+  search.index.nodes = {build.nodes, {shared ? 0 : shape.groups * kNodeRows * kFanOut}};
+  Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search through an index");
+  search.W = K;
+  search.warm = {Allocate<int32_t>(B * Q * K), {Q * K}};
+  Check(cudaMemcpy(const_cast<int32_t*>(search.warm.data), search.idxs, B * Q * K * sizeof(int32_t),
+                   cudaMemcpyDeviceToDevice),
+        "cudaMemcpy");
+  Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search with guesses");
 
-  const int64_t sets = shared ? 1 : B, pairs = B / sets * Q * K, bytes = 13 * sets * pairs + (1 << 21);
+  // Scratch is as large as _aggregate.py makes it.
+  const int64_t sets = shared ? 1 : B, pairs = B / sets * Q * K;
+  const int64_t sort_bytes =
+      P <= 8192 ? 4 * sets * ((pairs + 2047) / 2048 + 1) * (P + 1) : 13 * sets * pairs + (1 << 21);
   Invert invert = {batch, kept, P, pairs, Q * K, search.idxs};
   invert.order = Allocate<int32_t>(sets * pairs);
   invert.offsets = Allocate<int32_t>(sets * (P + 1));
-  Check(LaunchInvert(invert, Allocate<uint8_t>(bytes), bytes, nullptr), "invert");
+  Check(LaunchInvert(invert, Allocate<uint8_t>(sort_bytes), sort_bytes, nullptr), "invert");
 
   Aggregate<T, TF> all = {batch, Q, P, F, K, search.q, search.p, Random<TF>(B, P * F, shared)};
   all.sigma = Random<T>(B, P * sigma, shared);
@@ -98,12 +130,59 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   all.order = {invert.order, {shared ? 0 : pairs}};
   all.offsets = {invert.offsets, {shared ? 0 : P + 1}};
   all.factors = Allocate<PairFactors<T>>(B * Q * K);
+  all.pieces = Allocate<T>(sets * ((pairs + kPiecePairs - 1) / kPiecePairs) * 2 * (F + kPieceTerms));
   for (auto role : {AggregateRole::kValue, AggregateRole::kJvp, AggregateRole::kVjp, AggregateRole::kVjpVjp}) {
     Check(LaunchAggregate(all, metric, role, nullptr), "aggregate");
     Check(cudaDeviceSynchronize(), "synchronize");
   }
-  for (void* data : allocations) Check(cudaFree(data), "cudaFree");
-  allocations.clear();
+  Free();
+}
+
+// Rays of N samples each, and the same arrays as R ragged rays with samples outside all of them at either end.
+template <class T>
+void ExerciseDistortion(int64_t N, int64_t R, bool shared) {
+  const int64_t B = 3;
+  Distortion<T> all = {};
+  all.batch = {1, {B}};
+  all.N = N;
+  all.R = 1;
+  all.w = Random<T>(B, N, false);
+  all.m = Random<T>(B, N, shared);
+  all.shared_interval = shared;
+  all.interval = Random<T>(B, shared ? 1 : N, shared);
+
+  std::vector<int32_t> ids(N);
+  for (int64_t i = 0; i < N; ++i) ids[i] = static_cast<int32_t>(i * (R + 2) / N - 1);
+  RayOffsets offsets = {all.batch, N, R, {Allocate(N, ids), {0}}, Allocate<int32_t>(B * (R + 1))};
+  Check(LaunchRayOffsets(offsets, nullptr), "ray offsets");
+
+  for (bool flat : {false, true}) {
+    Distortion<T> args = all;
+    if (flat) {
+      args.R = R;
+      args.offsets = {offsets.offsets, {R + 1}};
+    }
+    args.ct = Random<T>(B, args.R, false);
+    for (bool tangents : {false, true}) {
+      if (tangents) {
+        args.v_w = Random<T>(B, N, false);
+        args.v_m = Random<T>(B, N, shared);
+        args.v_interval = Random<T>(B, shared ? 1 : N, shared);
+      }
+      Distortion<T> value = args, of_w = args, of_all = args;
+      value.loss = Allocate<T>(B * args.R);
+      of_w.w_bar = Allocate<T>(B * N);
+      of_all.w_bar = Allocate<T>(B * N);
+      of_all.m_bar = Allocate<T>(B * N);
+      of_all.interval_bar = Allocate<T>(shared ? B * args.R : B * N);
+      if (tangents) of_all.loss = value.loss;
+      for (const Distortion<T>& role : {value, of_w, of_all}) {
+        Check(LaunchDistortion(role, nullptr), "distortion");
+        Check(cudaDeviceSynchronize(), "synchronize");
+      }
+    }
+  }
+  Free();
 }
 
 }  // namespace
@@ -112,10 +191,18 @@ int main() {
   for (MetricKind metric : {MetricKind::kAnisotropic, MetricKind::kIsotropic}) {
     for (bool shared : {false, true}) {
       Exercise<float, float>(metric, 70, 300, 64, 16, shared);
-      Exercise<float, float>(metric, 300, 20, 7, 20, shared);  // long lists, fewer than K points
+      Exercise<float, float>(metric, 300, 20, 7, 20, shared);   // long lists, fewer than K points
+      Exercise<float, float>(metric, 2100, 8, 4, 8, shared);    // so long that blocks share them
+      Exercise<float, float>(metric, 40, 9000, 12, 5, shared);  // a radix sort groups pairs
       Exercise<float, BFloat16>(metric, 9, 130, 33, 100, shared);
       Exercise<float, Half>(metric, 9, 600, 64, 256, shared);
       Exercise<double, double>(metric, 33, 257, 65, 40, shared);
+    }
+  }
+  for (bool shared : {false, true}) {
+    for (int64_t N : {1, 37, 128, 513, 1400}) {
+      ExerciseDistortion<float>(N, 7, shared);
+      ExerciseDistortion<double>(N, N / 3, shared);  // sometimes no rays
     }
   }
   std::puts("all kernels ran");

@@ -1,0 +1,49 @@
+// Dual numbers: a formula instantiated with them gives its value and its derivative along a tangent, so that forward
+// mode, and second order of a scalar's gradient, need no formulas of their own.
+
+#ifndef KNN_COMMON_DUAL_H_
+#define KNN_COMMON_DUAL_H_
+
+#include "common/numeric.h"
+
+namespace knn::KNN_ISA {
+
+template <class T>
+struct Dual {
+  T value, tangent;
+};
+
+template <class T>
+KNN_FN Dual<T> operator+(Dual<T> a, Dual<T> b) {
+  return {a.value + b.value, a.tangent + b.tangent};
+}
+template <class T>
+KNN_FN Dual<T> operator-(Dual<T> a, Dual<T> b) {
+  return {a.value - b.value, a.tangent - b.tangent};
+}
+template <class T>
+KNN_FN Dual<T> operator*(Dual<T> a, Dual<T> b) {
+  return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
+}
+
+// c·x for a constant c.
+KNN_FN float Scale(double c, float x) { return static_cast<float>(c) * x; }
+KNN_FN double Scale(double c, double x) { return c * x; }
+template <class T>
+KNN_FN Dual<T> Scale(double c, Dual<T> x) {
+  return {Scale(c, x.value), Scale(c, x.tangent)};
+}
+
+// What a kernel returns of x: the tangent if there is one.
+template <class T>
+KNN_FN T Result(T x) {
+  return x;
+}
+template <class T>
+KNN_FN T Result(Dual<T> x) {
+  return x.tangent;
+}
+
+}  // namespace knn::KNN_ISA
+
+#endif  // KNN_COMMON_DUAL_H_

@@ -1,0 +1,17 @@
+#ifndef KNN_DISTORTION_CUDA_H_
+#define KNN_DISTORTION_CUDA_H_
+
+#include <cuda_runtime_api.h>
+
+#include "distortion/distortion.h"
+
+namespace knn {
+
+template <class T>
+cudaError_t LaunchDistortion(const Distortion<T>& args, cudaStream_t stream);
+
+cudaError_t LaunchRayOffsets(const RayOffsets& args, cudaStream_t stream);
+
+}  // namespace knn
+
+#endif  // KNN_DISTORTION_CUDA_H_

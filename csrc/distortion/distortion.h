@@ -1,0 +1,63 @@
+// What the kernels of the distortion loss take. T is the type of all floats.
+
+#ifndef KNN_DISTORTION_DISTORTION_H_
+#define KNN_DISTORTION_DISTORTION_H_
+
+#include "common/batch.h"
+
+namespace knn {
+
+// One struct serves the value and all derivatives. Operands that are not given, and results that are not asked for, are
+// null. Sizes after the batch axes stand behind each array.
+template <class T>
+struct Distortion {
+  Batch batch;
+  int64_t N;  // samples of a batch entry
+  int64_t R;  // its rays
+
+  Operand<const int32_t> offsets;  // [R + 1]: ray r has samples [offsets[r], offsets[r + 1]); null: R is 1, all N
+
+  Operand<const T> w, m;                  // [N]
+  Operand<const T> interval;              // [N], or [1] if shared
+  bool shared_interval;                   //
+  Operand<const T> v_w, v_m, v_interval;  // tangents; null means zero
+  Operand<const T> ct;                    // [R], cotangent of the loss; given where a gradient is wanted
+
+  // In full batch. With tangents, the derivatives along them; without, either the loss or gradients.
+  T* loss;           // [R]
+  T *w_bar, *m_bar;  // [N]
+  T* interval_bar;   // [N], or [R] if the interval is shared
+};
+
+template <class T>
+inline bool HasTangents(const Distortion<T>& a) {
+  return a.v_w.data != nullptr || a.v_m.data != nullptr || a.v_interval.data != nullptr;
+}
+
+template <class T>
+inline bool WantsGradients(const Distortion<T>& a) {
+  return a.w_bar != nullptr || a.m_bar != nullptr || a.interval_bar != nullptr;
+}
+
+// Where each ray's samples begin.
+struct RayOffsets {
+  Batch batch;
+  int64_t N, R;
+  Operand<const int32_t> ray_id;  // [N], not decreasing
+  int32_t* offsets;               // [R + 1]
+};
+
+}  // namespace knn
+
+namespace knn::KNN_ISA {
+
+// Rays of an entry that threads are given to: samples outside all rays have zero gradients, which takes someone to
+// write.
+template <class T>
+KNN_FN int64_t Rows(const Distortion<T>& a) {
+  return a.R > 0 ? a.R : 1;
+}
+
+}  // namespace knn::KNN_ISA
+
+#endif  // KNN_DISTORTION_DISTORTION_H_

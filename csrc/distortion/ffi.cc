@@ -1,0 +1,131 @@
+// Binds the kernels of the distortion loss to XLA; see jax_knn_aggregate/_distortion.py.
+//   operands  w (N,)  m (N,)  interval (N,) or (1,)  [offsets (R+1,) int32]
+//             then, where the bit mask `along` says so, tangents of w, m, interval
+//             and, where a gradient is wanted, the cotangent of the loss, () or (R,)
+//   results   those of the bit mask `want`: gradients in w (N,), m (N,) and interval (N,), or () or (R,) where it is
+//             shared; then the loss, () or (R,). Given tangents, the derivatives of all these along them.
+
+#include "common/bind.h"
+#include "distortion/cpu.h"
+#ifdef KNN_CUDA
+#include "distortion/cuda.h"
+#endif
+
+namespace knn {
+namespace {
+
+bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
+
+template <class T>
+Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want) {
+  Distortion<T> a = {};
+  a.batch = in.batch();
+  a.N = in.Size(0, 0);
+  a.R = flat ? in.Size(3, 0) - 1 : 1;
+  const int64_t width = in.Size(2, 0) == a.N ? a.N : 1;
+  a.shared_interval = width != a.N;
+  a.w = in.Arg<T>({a.N});
+  a.m = in.Arg<T>({a.N});
+  a.interval = in.Arg<T>({width});
+  a.offsets = in.ArgIf<int32_t>(flat, {a.R + 1});
+  a.v_w = in.ArgIf<T>(Bit(along, 0), {a.N});
+  a.v_m = in.ArgIf<T>(Bit(along, 1), {a.N});
+  a.v_interval = in.ArgIf<T>(Bit(along, 2), {width});
+
+  // Without the ray axis, a ray's number is a scalar.
+  const auto read_rays = [&] { return flat ? in.Arg<T>({a.R}) : in.Arg<T>({}); };
+  const auto rays = [&](bool wanted) {
+    return flat ? in.RetIf<T>(wanted, a.batch, {a.R}) : in.RetIf<T>(wanted, a.batch, {});
+  };
+  if ((want & 7) != 0) a.ct = read_rays();
+  a.w_bar = in.RetIf<T>(Bit(want, 0), a.batch, {a.N});
+  a.m_bar = in.RetIf<T>(Bit(want, 1), a.batch, {a.N});
+  a.interval_bar = a.shared_interval ? rays(Bit(want, 2)) : in.RetIf<T>(Bit(want, 2), a.batch, {a.N});
+  a.loss = rays(Bit(want, 3));
+  if (along == 0 && want > 8) in.Fail("without tangents, a call gives the loss or gradients");
+  return a;
+}
+
+RayOffsets Read(Reader& in) {
+  RayOffsets a = {};
+  a.batch = in.batch();
+  a.N = in.Size(0, 0);
+  a.R = in.RetSize(0, 0) - 1;
+  a.ray_id = in.Arg<int32_t>({a.N});
+  a.offsets = in.Ret<int32_t>(a.batch, {a.R + 1});
+  return a;
+}
+
+template <class T>
+CpuKernel<Distortion<T>> BestKernel(const Distortion<T>& args) {
+  switch (BestIsa()) {
+#define KNN_CASE(isa) \
+  case Isa::isa:      \
+    return isa::DistortionKernel(args);
+    KNN_FOR_EACH_ISA(KNN_CASE)
+#undef KNN_CASE
+    default:
+      return baseline::DistortionKernel(args);
+  }
+}
+
+template <bool flat>
+ffi::Future Cpu(ffi::ThreadPool pool, int32_t along, int32_t want, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader in(args, rets, 1);
+  const auto run = [&](auto t) {
+    const auto distortion = Read<decltype(t)>(in, flat, along, want);
+    return RunCpu(pool, in, BestKernel(distortion), distortion);
+  };
+  return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());
+}
+
+ffi::Future OffsetsCpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader in(args, rets, 1);
+  const RayOffsets offsets = Read(in);
+  return RunCpu(pool, in, baseline::RayOffsetsKernel(), offsets);
+}
+
+#define KNN_ATTRIBUTES Attr<int32_t>("along").Attr<int32_t>("want").RemainingArgs().RemainingRets()
+
+XLA_FFI_DEFINE_HANDLER(kDenseCpu, Cpu<false>, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER(kFlatCpu, Cpu<true>, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER(kOffsetsCpu, OffsetsCpu,
+                       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());
+
+#ifdef KNN_CUDA
+
+template <bool flat>
+ffi::Error Cuda(cudaStream_t stream, int32_t along, int32_t want, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader in(args, rets, 1);
+  const auto run = [&](auto t) {
+    const auto distortion = Read<decltype(t)>(in, flat, along, want);
+    return RunCuda(in, [&] { return LaunchDistortion(distortion, stream); });
+  };
+  return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());
+}
+
+ffi::Error OffsetsCuda(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader in(args, rets, 1);
+  const RayOffsets offsets = Read(in);
+  return RunCuda(in, [&] { return LaunchRayOffsets(offsets, stream); });
+}
+
+KNN_CUDA_HANDLER(kDenseCuda, Cuda<false>, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_ATTRIBUTES);
+KNN_CUDA_HANDLER(kFlatCuda, Cuda<true>, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_ATTRIBUTES);
+KNN_CUDA_HANDLER(kOffsetsCuda, OffsetsCuda,
+                 ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets());
+
+#endif  // KNN_CUDA
+
+}  // namespace
+
+std::vector<Registration> DistortionRegistrations() {
+  return {
+      {"cpu", "distortion", kDenseCpu},   {"cpu", "flat_distortion", kFlatCpu},   {"cpu", "ray_offsets", kOffsetsCpu},
+#ifdef KNN_CUDA
+      {"cuda", "distortion", kDenseCuda}, {"cuda", "flat_distortion", kFlatCuda}, {"cuda", "ray_offsets", kOffsetsCuda},
+#endif
+  };
+}
+
+}  // namespace knn

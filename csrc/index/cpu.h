@@ -1,0 +1,21 @@
+#ifndef KNN_INDEX_CPU_H_
+#define KNN_INDEX_CPU_H_
+
+#include "common/cpu.h"
+#include "index/index.h"
+
+namespace knn {
+
+inline constexpr int kBuildPhases = 7;  // of the kernel below
+
+#define KNN_DECLARE(isa)                                        \
+  namespace isa {                                               \
+  template <class T>                                            \
+  CpuKernel<BuildIndex<T>> BuildIndexKernel(MetricKind metric); \
+  }
+KNN_FOR_EACH_ISA(KNN_DECLARE)
+#undef KNN_DECLARE
+
+}  // namespace knn
+
+#endif  // KNN_INDEX_CPU_H_

@@ -1,0 +1,99 @@
+// An exact index of a cloud whose points measure distance each in its own metric: what it holds, and why its bounds
+// hold.
+//
+// Points are sorted along a space-filling curve (which one is the builder's choice) and cut into leaves of 32. Leaves
+// are the nodes of level 0. 32 consecutive nodes make a group, and group g of a level is what node g of the level above
+// contains; the last level has one group. Nothing is stored to tell who contains whom, and what one warp or one SIMD
+// loop reads lies together.
+//
+// A node has a box around its points and says how short distances to it can be. For a query with gap g_a ≥ 0 to the box
+// along axis a, every point of the node has
+//
+//   dist ≥ base + max( Σ_a (lambda g_a)²,  max_a (axis_a g_a)² )                                                  (1)
+//
+// With M = Rᵀ diag(sigma) R: where all sigma ≥ 0, dist = dᵀMd ≥ λ_min(M) |d|², and along one axis
+// dᵀMd ≥ d_a² / (M⁻¹)_aa (the minimum over the other two components, a Schur complement). So lambda² is the smallest
+// λ_min of the node's points and axis_a² the smallest 1/(M⁻¹)_aa; factors are kept as square roots so that (1)
+// overflows and underflows only where distances do. A point with a negative sigma has no bound: its node's base is
+// −inf, which (1) keeps, so it is always visited. Such points sort behind all others and share leaves. A node without
+// points has base +inf.
+//
+// A distance as computed may be less than the exact one. In the sigma-weighted norm ‖u‖² = Σ sigma_i u_i², rounding u
+// moves it by at most κ|d| with κ = c ε √tr M (tr M = Σ sigma_i |R_i|²), hence
+//
+//   √dist_computed ≥ √dist − κ|d| ≥ (√λ_min − κ) |d|   and, as |d| ≤ √dist / √λ_min,   ≥ (1 − κ/√λ_min) √dist.
+//
+// So lambda is √λ_min − κ and axis_a is (1 − κ/√λ_min) / √(M⁻¹)_aa, or 0 where that is negative; both are then rounded
+// down generously. Gaps need no care: rounding is monotone, so a computed gap is never longer than the computed d_a.
+
+#ifndef KNN_INDEX_INDEX_H_
+#define KNN_INDEX_INDEX_H_
+
+#include "common/batch.h"
+#include "common/metric.h"
+
+namespace knn {
+
+inline constexpr int kLeafSize = 32;  // points of a leaf
+inline constexpr int kFanOut = 32;    // nodes of a group
+inline constexpr int kMaxLevels = 7;  // for 2³¹ points
+
+// Rows of a group.
+enum NodeRow { kLow = 0, kHigh = 3, kBase = 6, kLambda = 7, kAxis = 8, kNodeRows = 11 };
+
+// Rows of a leaf: p, then sigma and R by rows.
+template <MetricKind metric>
+inline constexpr int kLeafRows = metric == MetricKind::kAnisotropic ? 15 : 3;
+
+// How many leaves, levels and groups P points make. Level l has nodes 0..nodes[l] − 1 in groups from first_group[l] on.
+struct IndexShape {
+  int64_t leaves, groups;
+  int levels;
+  int64_t nodes[kMaxLevels], first_group[kMaxLevels + 1];
+};
+
+inline IndexShape ShapeOfIndex(int64_t P) {
+  IndexShape shape = {};
+  shape.leaves = (P + kLeafSize - 1) / kLeafSize;
+  for (int64_t nodes = shape.leaves;;) {
+    const int64_t groups = (nodes + kFanOut - 1) / kFanOut;
+    shape.nodes[shape.levels] = nodes;
+    shape.first_group[shape.levels + 1] = shape.first_group[shape.levels] + groups;
+    shape.groups = shape.first_group[++shape.levels];
+    if (groups <= 1) return shape;
+    nodes = groups;
+  }
+}
+
+// An index as the search reads it. Batch axes as those of the search's operands.
+template <class T>
+struct Index {
+  Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; a missing point is NaN
+  Operand<const int32_t> order;  // [leaves, kLeafSize]: which point this is, −1 for a missing one
+  Operand<const T> nodes;        // [groups, kNodeRows, kFanOut]
+};
+
+// What the builder takes. Left out are points from `lengths` on and points with a number that is not finite: these have
+// no finite distance, and the search finds them without an index in the rare case that it needs them.
+template <class T>
+struct BuildIndex {
+  Batch batch;
+  int64_t P;
+
+  Operand<const T> p;              // [P, 3]
+  Operand<const T> sigma;          // [P, 3]; anisotropic only
+  Operand<const T> R;              // [P, 3, 3]; anisotropic only
+  Operand<const int32_t> lengths;  // []
+
+  // Results, in full batch, as in Index.
+  T* leaves;
+  int32_t* order;
+  T* nodes;
+
+  // CPU only: leaves points as they come and rules nothing out. For so few queries that order does not pay.
+  bool plain;
+};
+
+}  // namespace knn
+
+#endif  // KNN_INDEX_INDEX_H_

@@ -1,0 +1,525 @@
+// Exact search of all pairs, in float32, by tensor cores that rule points out.
+//
+// With d = q − p, the distance dᵀMd is a polynomial in q: ten coefficients of the point times ten monomials of the
+// query. All distances together are then a matrix product of inner dimension 10, at which tensor cores are far faster
+// than the other units are at dᵀMd. Its result is not a distance: multiplying out cancels digits. But the error has a
+// bound that is known beforehand, and with that a block rules out nearly all points for its queries, in two passes over
+// the cloud:
+//
+//   1. Upper bounds of the distances. Each lane keeps the least of those it meets, of 64 disjoint groups of points for
+//      each query. K groups have a point no further than the K-th smallest of these minima, so the K nearest are that
+//      near.
+//   2. Lower bounds of the distances. Points whose lower bound is within that radius are candidates: of thousands,
+//   hardly
+//      more than K.
+//
+// Candidates' distances are then computed as everywhere, and sorted. Where the bounds fail to separate (too many
+// candidates: huge cancellation, many ties) or do not apply (numbers out of range), a warp compares the query with all
+// points.
+//
+// Numbers. Positions are taken relative to the centre of the cloud's box and scaled by a power of two so that |p| <= 1;
+// coefficients are scaled by a power of two so that the largest are near 2⁷. A number x is split into two halves,
+// x ≈ x_h + x_l, each with 11 bits, and xy ≈ x_h y_h + x_h y_l + x_l y_h. With 9 monomials beside the constant, which
+// needs no splitting on the query's side, and a place each for the error bound and the radius, 32 places of the inner
+// dimension do: two instructions for 16 queries and 8 points. With the radius in the product, pass 2 reads signs.
+//
+// The bound. All terms of the polynomial together are at most S = m (1 + r)², with r = max_a |q_a| and m the metric's
+// Magnitude. With ε = 2⁻²⁴, relative to S: the query's position is rounded by ε, 2ε; splitting, twice, and leaving out
+// x_l y_l, 13ε; at most 34 additions, truncated to 24 bits, 34ε; the distance as computed in float32 differs from the
+// exact one by at most 11ε. That is 60ε; 128ε is taken. Halves below 2⁻¹⁴ are subnormal, spaced by 2⁻²⁴: 10
+// coefficients of the scaled polynomial err by another 2⁻²⁵ each, times (1 + r)²; 2⁻²¹ (1 + r)² is taken. So with
+//
+//   e = 2⁻¹⁷ m + 2⁻²¹ (m scaled),   |polynomial − distance| <= e (1 + r)²,
+//
+// a product like the others: adding it gives upper bounds, subtracting it lower ones.
+
+#include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
+
+#include "search/cuda.h"
+#include "search/nearest.cuh"
+
+namespace knn::KNN_ISA {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kColumns = 8;         // points of a tile
+constexpr int kPlaces = 32;         // of the inner dimension
+constexpr int kGroups = 2 * kWarp;  // of points, for each query; K of them must have points
+constexpr int kMonomials = 9;
+constexpr int kConstant = 3 * kMonomials, kError = kConstant + 3, kRadius = kError + 1;  // places
+static_assert(kRadius == kPlaces - 1);
+constexpr int kMaxCandidates = 80;   // so that shared memory suffices on Ampere and Ada
+constexpr float kMaxPosition = 128;  // squares must fit a half
+
+// One side of the product for one query or point. Places 8t to 8t + 7 are what lane t of four holds of it.
+struct alignas(16) Halves {
+  __half place[kPlaces];
+};
+
+// A point as the exact distance needs it, in 16 bytes or 64.
+template <class M>
+struct alignas(16) Record {
+  Vec3<float> p;
+  typename M::Parameters m;
+  float unused[16 - 3 - sizeof(typename M::Parameters) / 4];
+};
+template <>
+struct alignas(16) Record<Isotropic<float>> {
+  Vec3<float> p;
+  Isotropic<float>::Parameters m;
+};
+
+// What Extent says of how to scale.
+struct Frame {
+  Vec3<float> centre;
+  int log_size;  // |p − centre| <= 2^log_size
+  int log_unit;  // magnitudes times 4^log_size are at most 2^(7 + log_unit)
+
+  Frame() = default;
+  __device__ explicit Frame(const Extent& extent) {
+    const Vec3<float> low = extent.Low(), high = extent.High();
+    centre = {low.x / 2 + high.x / 2, low.y / 2 + high.y / 2, low.z / 2 + high.z / 2};
+    const auto half = [](float low, float centre, float high) {
+      return fmax(double(high) - centre, double(centre) - low);
+    };
+    const double size =
+        fmax(fmax(half(low.x, centre.x, high.x), half(low.y, centre.y, high.y)), half(low.z, centre.z, high.z));
+    log_size = size > 0 ? ilogb(size) + 1 : 0;
+    const float magnitude = extent.Magnitude();
+    log_unit = magnitude > 0 ? ilogbf(magnitude) + 1 + 2 * log_size - 7 : 0;
+  }
+};
+
+constexpr int kPrepareThreads = 64;  // of a block; many small ones keep more multiprocessors busy
+
+struct Scratch {
+  Extent* extents;  // [clouds, kParts], each of a part of the cloud
+  Frame* frames;    // [clouds]
+  Halves* halves;   // [clouds, tiles · kColumns]
+  char* records;    // [clouds, P] of Record<M>
+};
+
+int64_t Tiles(int64_t P) { return CeilDiv(P, kColumns); }
+
+// Divides memory, and returns how many bytes that takes.
+int64_t Divide(void* memory, int64_t clouds, int64_t P, Scratch& scratch) {
+  char* at = static_cast<char*>(memory);
+  const auto take = [&at](auto*& part, int64_t n) {
+    part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(at);
+    at += n * int64_t{sizeof *part};
+  };
+  take(scratch.halves, clouds * Tiles(P) * kColumns);
+  take(scratch.records, clouds * P * int64_t{sizeof(Record<Anisotropic<float>>)});
+  take(scratch.extents, clouds * kParts);
+  take(scratch.frames, clouds);
+  return at - static_cast<char*>(memory);
+}
+
+__device__ __forceinline__ __half High(double x) { return __float2half_rn(static_cast<float>(x)); }
+__device__ __forceinline__ __half Low(double x) {
+  return __float2half_rn(static_cast<float>(x - static_cast<double>(__half2float(High(x)))));
+}
+
+template <class M>
+__global__ void __launch_bounds__(kPrepareThreads)
+    Prepare(const Search<float> args, const Batch clouds, unsigned blocks_per_cloud, Scratch scratch) {
+  __shared__ Frame frame;
+  const unsigned c = blockIdx.x / blocks_per_cloud;
+  const int64_t j = int64_t{blockIdx.x % blocks_per_cloud} * kPrepareThreads + threadIdx.x;
+  if (threadIdx.x < kWarp) {
+    const Extent extent = Together(scratch.extents + int64_t{c} * kParts);
+    if (threadIdx.x == 0) {
+      frame = Frame(extent);
+      if (j == 0) scratch.frames[c] = frame;
+    }
+  }
+  __syncthreads();
+  const int64_t columns = CeilDiv(args.P, kColumns) * kColumns;
+  if (j >= columns) return;
+  const Cloud<M, float> cloud(args, clouds, c);
+  Halves out = {};
+  Record<M> record = {};
+  bool exists = j < cloud.length;
+  if (exists) {
+    record.p = cloud.Point(j);
+    record.m = cloud.Parameters(j);
+    exists = IsFinite<M>(record.p, record.m);
+  }
+  if (exists) {
+    const double size = ldexp(1.0, -frame.log_size), unit = ldexp(1.0, -frame.log_unit);
+    const double x = (double(record.p.x) - frame.centre.x) * size, y = (double(record.p.y) - frame.centre.y) * size,
+                 z = (double(record.p.z) - frame.centre.z) * size;
+    const double scale = ldexp(unit, 2 * frame.log_size);
+    const Form form = M::QuadraticForm(record.m);
+    const double xx = form.xx * scale, yy = form.yy * scale, zz = form.zz * scale, xy = form.xy * scale,
+                 xz = form.xz * scale, yz = form.yz * scale;
+    const double mx = xx * x + xy * y + xz * z, my = xy * x + yy * y + yz * z, mz = xz * x + yz * y + zz * z;
+    const double of[kMonomials] = {-2 * mx, -2 * my, -2 * mz, xx, yy, zz, 2 * xy, 2 * xz, 2 * yz};
+#pragma unroll
+    for (int i = 0; i < kMonomials; ++i) {
+      out.place[3 * i] = out.place[3 * i + 2] = High(of[i]);
+      out.place[3 * i + 1] = Low(of[i]);
+    }
+    const double constant = x * mx + y * my + z * mz;
+    out.place[kConstant] = High(constant);
+    out.place[kConstant + 1] = Low(constant);
+    out.place[kError] = __float2half_ru(__double2float_ru(0x1p-17 * scale * MagnitudeOf<M>(record.m) + 0x1p-21));
+  } else {
+    out.place[kConstant] = __ushort_as_half(0x7c00);  // further than all that exist
+  }
+  out.place[kRadius] = __ushort_as_half(0x3c00);
+  scratch.halves[c * columns + j] = out;
+  if (j < args.P) reinterpret_cast<Record<M>*>(scratch.records)[c * args.P + j] = record;
+}
+
+// acc += the product of 16 queries' and 8 points' halves, over 16 places.
+__device__ __forceinline__ void MultiplyAdd(float (&acc)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                            unsigned b0, unsigned b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// The K-th smallest of 64 numbers, of which each of four consecutive lanes holds 16: bisection over all halves.
+__device__ __forceinline__ __half KthSmallest(const __half2 (&mine)[8], int K) {
+  const auto from_key = [](unsigned key) {  // halves in ascending order
+    return __ushort_as_half(static_cast<unsigned short>(key ^ ((key & 0x8000u) != 0 ? 0x8000u : 0xffffu)));
+  };
+  unsigned low = 0, high = 0xfc00u;        // that of +inf
+  for (int step = 0; step < 16; ++step) {  // as often in all lanes
+    const unsigned middle = (low + high) / 2;
+    const __half2 at = __half2half2(from_key(middle));
+    __half2 counts = __hle2(mine[0], at);
+#pragma unroll
+    for (int i = 1; i < 8; ++i) counts = __hadd2(counts, __hle2(mine[i], at));
+    float count = __low2float(counts) + __high2float(counts);
+    count += __shfl_xor_sync(kFullMask, count, 1);
+    count += __shfl_xor_sync(kFullMask, count, 2);
+    const bool enough = count >= static_cast<float>(K);
+    high = enough ? middle : high;
+    low = enough ? low : middle + 1;
+  }
+  return from_key(high);
+}
+
+// The query's side of the product.
+__device__ __forceinline__ Halves Monomials(Vec3<float> q, float reach) {
+  Halves out = {};
+  const float of[kMonomials] = {q.x, q.y, q.z, q.x * q.x, q.y * q.y, q.z * q.z, q.x * q.y, q.x * q.z, q.y * q.z};
+#pragma unroll
+  for (int i = 0; i < kMonomials; ++i) {
+    out.place[3 * i] = out.place[3 * i + 1] = High(of[i]);
+    out.place[3 * i + 2] = Low(of[i]);
+  }
+  out.place[kConstant] = out.place[kConstant + 1] = __ushort_as_half(0x3c00);
+  out.place[kError] = __float2half_ru((1 + reach) * (1 + reach));
+  return out;
+}
+
+constexpr int kRowTiles = 6;  // of 16 queries, in a block
+constexpr int kQueries = 16 * kRowTiles;
+constexpr int kStages = 4;  // tiles on their way to a warp
+
+// Shared memory of a block. What shares a union is used at different times.
+template <class M>
+struct Shared {
+  static constexpr int kRecord = sizeof(Record<M>) / 16;          // of 16 bytes
+  static constexpr int kStride = kRecord == 1 ? 1 : kRecord + 1;  // so that lanes reading records hit different banks
+
+  union {
+    Halves monomials[kQueries];
+    __half minima[kQueries][kGroups + 8];
+    uint32_t hits[kQueries][kGroups + 4][2];  // a bit for each of a warp's next 64 tiles
+    uint4 records[kWarps][2][kWarp * kStride];
+  };
+  union {
+    uint4 ring[kWarps][kStages][kWarp];
+    float4 dists[kWarps][(kMaxCandidates + kWarp - 1) / kWarp * kWarp / 4];
+  };
+  int candidates[kQueries][kMaxCandidates];
+  int num_candidates[kQueries];
+  __half radius[kQueries];
+};
+
+// A block owns kQueries queries. Its warps share out the points: warp w has tiles w, w + kWarps, ...
+template <class M>
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
+    FilterKernel(const Search<float> args, const Batch clouds, unsigned blocks_per_entry, const Scratch scratch) {
+  extern __shared__ uint4 shared_memory[];
+  Shared<M>& shared = *reinterpret_cast<Shared<M>*>(shared_memory);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const unsigned b = blockIdx.x / blocks_per_entry;
+  const int64_t c = EntryOf(clouds, args.batch, b);
+  const int64_t first = int64_t{blockIdx.x % blocks_per_entry} * kQueries;
+  const int num_queries = static_cast<int>(min(int64_t{kQueries}, args.Q - first));
+  const float* q = At(args.q, args.batch, b) + 3 * first;
+  const int K = static_cast<int>(args.K);
+  const int tiles = static_cast<int>(CeilDiv(args.P, kColumns));
+
+  if (threadIdx.x < kQueries) {
+    const Frame frame = scratch.frames[c];
+    const Vec3<float> moved = Load3(q + 3 * min(static_cast<int>(threadIdx.x), num_queries - 1)) - frame.centre;
+    const Vec3<float> at = {ldexpf(moved.x, -frame.log_size), ldexpf(moved.y, -frame.log_size),
+                            ldexpf(moved.z, -frame.log_size)};
+    const float reach = fmaxf(fmaxf(fabsf(at.x), fabsf(at.y)), fabsf(at.z));
+    const bool in_range = fabsf(at.x) <= kMaxPosition && fabsf(at.y) <= kMaxPosition && fabsf(at.z) <= kMaxPosition;
+    shared.monomials[threadIdx.x] = in_range ? Monomials(at, reach) : Halves{};
+    shared.num_candidates[threadIdx.x] = in_range ? 0 : kMaxCandidates + 1;
+  }
+  __syncthreads();
+
+  // Lane 4 g + t has rows g and g + 8 of each tile of queries, and places 8t to 8t + 7.
+  const int g = lane / 4, t = lane % 4;
+  uint4 low[kRowTiles], high[kRowTiles];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+    low[m] = reinterpret_cast<const uint4*>(&shared.monomials[16 * m + g])[t];
+    high[m] = reinterpret_cast<const uint4*>(&shared.monomials[16 * m + g + 8])[t];
+  }
+  // Calls visit(m, product) for `steps` of the warp's tiles from tile `start` on, and all tiles m of queries. Tiles
+  // arrive in shared memory some steps ahead; every lane reads what it copied itself.
+  const uint4* points = reinterpret_cast<const uint4*>(scratch.halves + c * tiles * kColumns) + lane;
+  const auto for_tiles = [&](int start, int steps, auto visit) {
+    const uint4* from = points + int64_t{start} * kWarp;
+    const auto fetch = [&](int step) {
+      if (step < steps) {
+        __pipeline_memcpy_async(&shared.ring[warp][step % kStages][lane], from + int64_t{step} * (kWarps * kWarp), 16);
+      }
+      __pipeline_commit();
+    };
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) fetch(step);
+#pragma unroll kStages
+    for (int step = 0; step < steps; ++step) {
+      fetch(step + kStages - 1);
+      __pipeline_wait_prior(kStages - 1);
+      const uint4 point = shared.ring[warp][step % kStages][lane];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        float product[4] = {0, 0, 0, 0};
+        MultiplyAdd(product, low[m].x, high[m].x, low[m].y, high[m].y, point.x, point.y);
+        MultiplyAdd(product, low[m].z, high[m].z, low[m].w, high[m].w, point.z, point.w);
+        visit(m, product);
+      }
+    }
+  };
+  const auto steps_from = [&](int start) { return max(0, (tiles - start + kWarps - 1) / kWarps); };
+
+  // Pass 1. Of each row the lane has products with points 2t and 2t + 1 of a tile.
+  {
+    float least[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) least[m][0] = least[m][1] = least[m][2] = least[m][3] = INFINITY;
+    for_tiles(warp, steps_from(warp), [&](int m, const float (&product)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) least[m][e] = fminf(least[m][e], product[e]);
+    });
+    __syncthreads();  // `monomials` have been read
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        shared.minima[16 * m + g + 8 * (e / 2)][8 * warp + 2 * t + e % 2] = __float2half_ru(least[m][e]);
+      }
+    }
+  }
+  __syncthreads();
+  static_assert(kQueries % 8 == 0 && kGroups == 64);
+  for (int row = threadIdx.x / 4; row < kQueries; row += kWarps * kWarp / 4) {
+    __half2 mine[8];
+    std::memcpy(mine, &shared.minima[row][16 * t], sizeof mine);
+    const float kth = __half2float(KthSmallest(mine, K));
+    // A little more, against its own rounding in the product. Queries out of range are to have no candidates.
+    const float more = shared.num_candidates[row] == 0 ? kth + fabsf(kth) * 0x1p-12f : 0.0f;
+    if (t == 0) shared.radius[row] = __hneg(__float2half_ru(more));
+  }
+  __syncthreads();
+
+  // Pass 2. Adding errors becomes subtracting them, and the radius is subtracted as well.
+  if (t == kError / 8) {
+    const auto second_pass = [&](unsigned errors, int row) {
+      return ((errors & 0xffffu) ^ 0x8000u) | unsigned{__half_as_ushort(shared.radius[row])} << 16;
+    };
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      low[m].w = second_pass(low[m].w, 16 * m + g);
+      high[m].w = second_pass(high[m].w, 16 * m + g + 8);
+    }
+  }
+  for (int chunk = 0; chunk < tiles; chunk += 64 * kWarps) {
+#pragma unroll 1
+    for (int word = 0; word < 2; ++word) {
+      const int start = chunk + word * 32 * kWarps + warp, steps = min(32, steps_from(start));
+      uint32_t hits[kRowTiles][4] = {};  // signs
+      for_tiles(start, steps, [&](int m, const float (&product)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) hits[m][e] = __funnelshift_l(__float_as_uint(product[e]), hits[m][e], 1);
+      });
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {  // the first step in the highest bit
+          shared.hits[16 * m + g + 8 * (e / 2)][8 * warp + 2 * t + e % 2][1 - word] =
+              steps == 0 ? 0 : hits[m][e] << (32 - steps);
+        }
+      }
+    }
+    __syncthreads();
+    // Bits become numbers of points.
+    for (int row = warp; row < kQueries; row += kWarps) {
+      uint64_t sets[2];
+      std::memcpy(sets, __builtin_assume_aligned(shared.hits[row][2 * lane], 16), sizeof sets);
+      const int mine = __popcll(sets[0]) + __popcll(sets[1]);
+      int before = mine;
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int other = __shfl_up_sync(kFullMask, before, step);
+        before += lane >= step ? other : 0;
+      }
+      const int count = shared.num_candidates[row], total = __shfl_sync(kFullMask, before, kWarp - 1);
+      const int from = count + before - mine;
+      for (int i = 0; i < mine && from + i < kMaxCandidates; ++i) {
+        const bool first = sets[0] != 0;
+        const int group = 2 * lane + (first ? 0 : 1), step = __clzll(first ? sets[0] : sets[1]);
+        sets[0] &= ~(uint64_t{first} << 63 >> step);
+        sets[1] &= ~(uint64_t{!first} << 63 >> step);
+        shared.candidates[row][from + i] = (chunk + group / 8 + step * kWarps) * kColumns + group % 8;
+      }
+      __syncwarp();  // all lanes have read the count
+      if (lane == 0) shared.num_candidates[row] = min(count + total, kMaxCandidates + 1);
+    }
+    __syncthreads();
+  }
+
+  // The candidates' distances, and of each how many come before it.
+  constexpr int kRecord = Shared<M>::kRecord, kStride = Shared<M>::kStride;
+  const Cloud<M, float> cloud(args, args.batch, b);
+  const uint4* records = reinterpret_cast<const uint4*>(scratch.records) + c * args.P * kRecord;
+  float* dists = reinterpret_cast<float*>(shared.dists[warp]);
+  // kRecord lanes read a point's record together, and leave it to the lane whose candidate it is.
+  const auto candidate = [&](int row, int i) {
+    return row < num_queries && i < shared.num_candidates[row] && i < kMaxCandidates ? shared.candidates[row][i]
+                                                                                     : INT_MAX;
+  };
+  const auto fetch = [&](int row, int start, int buffer) {
+    const int j = candidate(row, start + lane);
+#pragma unroll
+    for (int part = 0; part < kRecord; ++part) {
+      const int owner = part * (kWarp / kRecord) + lane / kRecord;
+      const int from = __shfl_sync(kFullMask, j, owner);
+      if (from < cloud.length) {
+        __pipeline_memcpy_async(&shared.records[warp][buffer][owner * kStride + lane % kRecord],
+                                records + int64_t{from} * kRecord + lane % kRecord, 16);
+      }
+    }
+    __pipeline_commit();
+  };
+  fetch(warp, 0, 0);
+  for (int row = warp, turn = 0; row < num_queries; row += kWarps, ++turn) {
+    const Vec3<float> query = Load3(q + 3 * row);
+    int32_t* out = args.idxs + (b * args.Q + first + row) * K;
+    const int count = shared.num_candidates[row], buffer = turn % 2;
+    fetch(row + kWarps, 0, 1 - buffer);
+    bool done = false;
+    if (count <= kMaxCandidates) {
+      int found = 0;
+      for (int start = 0; start < count; start += kWarp) {
+        if (start > 0) {
+          __syncwarp();
+          fetch(row, start, buffer);
+        }
+        __pipeline_wait_prior(start > 0 ? 0 : 1);
+        __syncwarp();
+        const int j = candidate(row, start + lane);
+        float dist = INFINITY;
+        if (j < cloud.length) {
+          const auto& record = reinterpret_cast<const Record<M>&>(shared.records[warp][buffer][lane * kStride]);
+          dist = M::Distance(record.m, query - record.p);
+        }
+        dists[start + lane] = dist;
+        found += __popc(__ballot_sync(kFullMask, dist < INFINITY));
+      }
+      __syncwarp();
+      // Equal distances show in the sum of ranks, which is then too small. They are rare.
+      int sum = 0;
+      for (int i = lane; i < count; i += kWarp) {
+        const float dist = dists[i];
+        if (!(dist < INFINITY)) continue;
+        float before = 0;
+        for (int four = 0; four < count; four += 4) {  // what is behind the last is +inf
+          const float4 other = shared.dists[warp][four / 4];
+          before += (other.x < dist ? 1.0f : 0.0f) + (other.y < dist ? 1.0f : 0.0f) + (other.z < dist ? 1.0f : 0.0f) +
+                    (other.w < dist ? 1.0f : 0.0f);
+        }
+        const int rank = static_cast<int>(before);
+        sum += rank;
+        if (rank < K) out[rank] = shared.candidates[row][i];
+      }
+      const bool ties = WarpSum(sum) != found * (found - 1) / 2;
+      for (int i = lane; ties && i < count; i += kWarp) {
+        const Neighbour<float> mine(dists[i], shared.candidates[row][i]);
+        int rank = 0;
+        for (int other = 0; other < count; ++other) {
+          rank += Neighbour<float>(dists[other], shared.candidates[row][other]) < mine;
+        }
+        if (rank < K && mine.Exists()) out[rank] = mine.index();
+      }
+      done = found >= K;
+    }
+    if (!done) SearchAll<M, 1>(query, cloud, K, out);
+  }
+}
+
+template <class M>
+cudaError_t Launch(const Search<float>& args, void* memory, int64_t bytes, cudaStream_t stream) {
+  int device, shared_bytes;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  cudaError_t error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  if (shared_bytes < static_cast<int>(sizeof(Shared<M>))) {  // Turing
+    return LaunchExhaustiveSearch(args, M::kKind, stream);
+  }
+  const Batch clouds = Clouds(args);
+  const int64_t num_clouds = Count(clouds);
+  const int64_t per_entry = CeilDiv(args.Q, kQueries), blocks = Count(args.batch) * per_entry;
+  if (blocks == 0) return cudaSuccess;
+  const int64_t per_cloud = CeilDiv(Tiles(args.P) * kColumns, kPrepareThreads);
+  error = CheckGrid(max(blocks, num_clouds * max(per_cloud, int64_t{kParts})));
+  if (error != cudaSuccess) return error;
+  Scratch scratch;
+  if (Divide(memory, num_clouds, args.P, scratch) > bytes) return cudaErrorMemoryAllocation;
+  FindExtents<M, float>
+      <<<static_cast<unsigned>(num_clouds * kParts), kExtentThreads, 0, stream>>>(args, clouds, scratch.extents);
+  if (error = cudaGetLastError(); error != cudaSuccess) return error;
+  Prepare<M><<<static_cast<unsigned>(num_clouds * per_cloud), kPrepareThreads, 0, stream>>>(
+      args, clouds, static_cast<unsigned>(per_cloud), scratch);
+  if (error = cudaGetLastError(); error != cudaSuccess) return error;
+  if (error = AllowSharedMemory(FilterKernel<M>, sizeof(Shared<M>)); error != cudaSuccess) return error;
+  FilterKernel<M><<<static_cast<unsigned>(blocks), kWarps * kWarp, sizeof(Shared<M>), stream>>>(
+      args, clouds, static_cast<unsigned>(per_entry), scratch);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace knn::KNN_ISA
+
+namespace knn {
+
+cudaError_t LaunchFilterSearch(const Search<float>& args, MetricKind metric, void* scratch, int64_t bytes,
+                               cudaStream_t stream) {
+  return metric == MetricKind::kAnisotropic ? KNN_ISA::Launch<KNN_ISA::Anisotropic<float>>(args, scratch, bytes, stream)
+                                            : KNN_ISA::Launch<KNN_ISA::Isotropic<float>>(args, scratch, bytes, stream);
+}
+
+}  // namespace knn

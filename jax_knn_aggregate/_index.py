@@ -1,0 +1,161 @@
+"""The index primitive: a cloud's points in an order and with bounds that let a search skip most of them.
+
+What an index holds, and why a search through it is exact, is told in ``csrc/index/index.h``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad
+
+from . import _ffi
+from ._batch import MAX_BATCH_AXES, batch_shape, merged, over_batch, size
+from ._metric import ANISOTROPIC, ISOTROPIC, Metric
+from ._primitive import bind, make_primitive
+
+Struct = jax.ShapeDtypeStruct
+
+_LEAF, _FAN_OUT, _NODE_ROWS, _BASE = 32, 32, 11, 6  # kLeafSize, kFanOut, kNodeRows, kBase of index.h
+#: Core axes of leaves, order, nodes.
+NDIMS = (3, 2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnIndex:
+    """An index of a cloud, as ``build_index`` makes it. A pytree of three arrays, which mean nothing to users.
+
+    Attributes:
+      metric: "aniso" or "iso", for searches by this metric.
+      P: the number of points.
+    """
+
+    leaves: jax.Array
+    order: jax.Array
+    nodes: jax.Array
+    metric: str
+    P: int
+
+    @property
+    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.leaves, self.order, self.nodes
+
+
+jax.tree_util.register_dataclass(KnnIndex, data_fields=["leaves", "order", "nodes"], meta_fields=["metric", "P"])
+
+
+def build(
+    metric: Metric, p: jax.Array, parameters: Sequence[jax.Array], lengths: jax.Array, implementation: str | None
+) -> KnnIndex:
+    """Arguments as those of ``_search.search``. Leading axes of the arrays are batch axes of size n or 1."""
+    leaves, order, nodes = bind(_PRIMITIVES[metric], p, *parameters, lengths, implementation=implementation)
+    return KnnIndex(leaves, order, nodes, metric.name, p.shape[-2])
+
+
+def _nodes(P: int) -> list[int]:
+    """How many nodes there are on each level, leaves first."""
+    nodes = [math.ceil(P / _LEAF)]
+    while nodes[-1] > _FAN_OUT:
+        nodes.append(math.ceil(nodes[-1] / _FAN_OUT))
+    return nodes
+
+
+def _rows(metric: Metric) -> int:
+    return 3 + sum(3 ** (n - 1) for n in metric.search_ndims)  # p, then sigma and R
+
+
+def shapes(metric: Metric, P: int) -> tuple[tuple[int, ...], ...]:
+    """Core shapes of leaves, order and nodes."""
+    nodes = _nodes(P)
+    groups = sum(math.ceil(n / _FAN_OUT) for n in nodes)
+    return (nodes[0], _rows(metric), _LEAF), (nodes[0], _LEAF), (groups, _NODE_ROWS, _FAN_OUT)
+
+
+def _core_ndims(metric: Metric) -> tuple[int, ...]:
+    return (2, *metric.search_ndims, 0)
+
+
+def _cores(metric: Metric) -> tuple[list[str], list[str]]:
+    return ["." * n for n in _core_ndims(metric)], ["." * n for n in NDIMS]
+
+
+def _outputs(metric: Metric, *avals: Any) -> list[Struct]:
+    batch, dtype = batch_shape(avals, _core_ndims(metric)), avals[0].dtype
+    of = shapes(metric, avals[0].shape[-2])
+    return [Struct(batch + s, d) for s, d in zip(of, (dtype, jnp.int32, dtype), strict=True)]
+
+
+def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:
+    """Calls the builder for operands of at most MAX_BATCH_AXES batch axes; None where there is none."""
+    target = f"{metric.name}_index"
+    if not _ffi.available(target, platform):
+        return None
+    results = _outputs(metric, *operands)
+    if platform == "cuda":
+        # 24 bytes a point for sort keys and indices, twice each; extents of 64 parts; and at most a byte a point, and a
+        # constant, for the sort's histograms. The kernel checks that this suffices.
+        clouds, P = size(batch_shape(operands, _core_ndims(metric))), operands[0].shape[-2]
+        results.append(Struct((clouds * (25 * P + 64 * 28) + (1 << 21),), jnp.uint8))
+    return list(_ffi.call(target, results)(*operands)[:3])
+
+
+def _kernel(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:
+    ndims = _core_ndims(metric)
+    batches, full = merged([a.shape[: a.ndim - n] for a, n in zip(operands, ndims, strict=True)])
+    if len(full) > MAX_BATCH_AXES:
+        return None
+    merged_operands = [a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True)]
+    results = emit(metric, platform, *merged_operands)
+    return results and [a.reshape(o.shape) for a, o in zip(results, _outputs(metric, *operands), strict=True)]
+
+
+def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
+    """A valid index that rules nothing out: points as they come, and no bounds."""
+    P, dtype = operands[0].shape[-2], operands[0].dtype
+    leaves_shape, order_shape, _ = shapes(metric, P)
+    base = [np.where(np.arange(math.ceil(n / _FAN_OUT) * _FAN_OUT) < n, -np.inf, np.inf) for n in _nodes(P)]
+    nodes = np.zeros((sum(map(len, base)) // _FAN_OUT, _NODE_ROWS, _FAN_OUT))
+    nodes[:, _BASE] = np.concatenate(base).reshape(-1, _FAN_OUT)
+
+    def one(*operands: jax.Array) -> list[jax.Array]:
+        *points, length = operands
+        rows = jnp.concatenate([a.reshape(P, -1) for a in points], -1)
+        exists = (jnp.arange(P, dtype=jnp.int32) < length) & jnp.isfinite(rows).all(-1)
+        pad = [(0, math.prod(order_shape) - P)]
+        order = jnp.where(exists, jnp.arange(P, dtype=jnp.int32), jnp.int32(-1))
+        rows = jnp.where(exists[:, None], rows, jnp.full((), jnp.nan, dtype))
+        leaves = jnp.pad(rows, [*pad, (0, 0)], constant_values=np.nan).reshape(order_shape + leaves_shape[1:2])
+        return [
+            jnp.swapaxes(leaves, 1, 2),
+            jnp.pad(order, pad, constant_values=-1).reshape(order_shape),
+            jnp.asarray(nodes, dtype),
+        ]
+
+    return list(over_batch(one, operands, _core_ndims(metric)))
+
+
+def _make(metric: Metric) -> Any:
+    p = make_primitive(
+        f"{metric.name}_index",
+        reference=functools.partial(_reference, metric),
+        outputs=functools.partial(_outputs, metric),
+        cores=functools.partial(_cores, metric),
+        kernel=functools.partial(_kernel, metric),
+    )
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:  # searches through it are piecewise constant
+        arrays = bind(p, *primals, **params)
+        return arrays, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in arrays]
+
+    ad.primitive_jvps[p] = jvp
+    return p
+
+
+_PRIMITIVES = {metric: _make(metric) for metric in (ANISOTROPIC, ISOTROPIC)}

@@ -1,0 +1,228 @@
+"""Clouds split over CPU devices (points_axis): the same neighbours and derivatives as in one cloud, nothing gathered.
+
+The failures guarded against: ties broken by device; gradients of a part lost or counted once per device; points or
+features moved after all.
+"""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as S
+
+import jax_knn_aggregate as jka
+
+N = 4  # devices along the points' axis
+PART, F, K = 7, 2, 5
+P = N * PART
+
+
+@pytest.fixture
+def mesh(eight_cpu_devices):
+    return jax.make_mesh((2, N), ("q", "p"), devices=eight_cpu_devices)
+
+
+#: Queries replicated over the points' axis, and split over it as well.
+QUERIES = {"replicated": S("q"), "own": S(("q", "p"))}
+
+
+def specs(queries, metric="aniso"):
+    return (queries, *[S("p")] * (len(helpers.ARGUMENTS[metric]) - 1))
+
+
+def over(mesh, fn, in_specs, out_specs):
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def placed(mesh, x, in_specs):
+    return helpers.place(mesh, x, in_specs)
+
+
+def field(metric, implementation=None, **options):
+    """The op on a split cloud, as helpers.outputs gives it on a whole one."""
+    return helpers.outputs(metric, K, implementation, points_axis="p", **options)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_values_and_ties(metric, queries, cpu_implementation, mesh, rng):
+    """Exact neighbours, equal distances by global index, with copies of each point on other devices."""
+    in_specs = specs(QUERIES[queries], metric)
+    Q = 16 if queries == "own" else 18  # 9 queries on 4 devices are filled up
+    x = helpers.integer_cloud(rng, metric, Q, P, F, copies=True)
+    options = {"implementation": cpu_implementation, "points_axis": "p"}
+
+    def both(*x):
+        return helpers.aggregate(metric, x, K, **options), helpers.search(metric, x, K, **options)
+
+    compiled = helpers.quick_jit(over(mesh, both, in_specs, in_specs[0]))
+    out, found = compiled(*placed(mesh, x, in_specs))
+    want = helpers.oracle(metric, x, K)
+    for idxs in (out.idxs, found.idxs):
+        np.testing.assert_array_equal(idxs, want[3])
+    helpers.assert_trees_close(tuple(out)[:3], want[:3], 1e-12)
+    helpers.assert_close(found.dists, want[2], 1e-12)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+def test_eikonal_step(queries, cpu_implementation, mesh, rng):
+    """Differentiated from outside and inside of shard_map. Gradients of points are where the points are."""
+    in_specs = specs(QUERIES[queries])
+    Q = 16
+    x = helpers.cloud(rng, "aniso", Q, P, F)
+    everywhere = ("q",) if queries == "replicated" else ("q", "p")
+
+    def part(*x):  # of the mean over all queries
+        return helpers.eikonal(field("aniso", cpu_implementation))(*x) * (x[0].shape[-2] / Q)
+
+    def whole(*x):
+        return over(mesh, lambda *x: jax.lax.psum(part(*x), everywhere), in_specs, S())(*x)
+
+    outside = helpers.quick_jit(jax.value_and_grad(whole, range(5)))
+    inside = helpers.quick_jit(over(mesh, jax.grad(part, range(5)), in_specs, in_specs))
+    x_placed = placed(mesh, x, in_specs)
+    want = helpers.oracle_jit(jax.value_and_grad(helpers.eikonal(helpers.outputs("aniso", K)), range(5)))(*x)
+    got = outside(*x_placed)
+    helpers.assert_trees_close(got, want, 1e-9)
+    helpers.assert_trees_close(inside(*x_placed), want[1], 1e-9)
+    for a, s in zip(got[1], in_specs, strict=True):
+        assert a.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, s), a.ndim)
+    for compiled in (outside, inside):
+        for kind, shapes in helpers.collectives(compiled, *x_placed):
+            for shape in shapes:
+                assert P not in shape, f"{kind} of an array of shape {shape}"
+                # The sum over the queries' axis of the gradients of a device's own points.
+                assert PART not in shape or kind == "all-reduce", f"{kind} of an array of shape {shape}"
+
+
+def test_forward_moves_no_points(mesh, rng):
+    in_specs = specs(S("q"))
+    x = placed(mesh, helpers.cloud(rng, "aniso", 16, P, F), in_specs)
+    compiled = helpers.quick_jit(over(mesh, lambda *x: field("aniso")(*x)[0], in_specs, S("q")))
+    moved = helpers.collectives(compiled, *x)
+    assert moved
+    for kind, shapes in moved:
+        for shape in shapes:
+            assert not {P, PART} & set(shape), f"{kind} of an array of shape {shape}"
+
+
+def test_missing_and_nonfinite_points(mesh, rng):
+    """Devices with few or no points, a point that is NaN, one at distance +inf, fewer points than K in all."""
+    x = list(helpers.cloud(rng, "aniso", 8, P, F))
+    x[1][3] = np.nan
+    x[3][PART + 1] = np.inf
+    for lengths in ([PART, 2, 0, 5], [0, 1, 0, 2]):
+        exists = np.concatenate([np.arange(PART) < n for n in lengths])
+        kept = np.flatnonzero(exists)
+        some = (x[0], *(a[kept] for a in x[1:]))
+        idxs = helpers.oracle_search("aniso", some, min(K, len(kept)))
+        idxs = np.pad(idxs, ((0, 0), (0, K - idxs.shape[1])), constant_values=-1)
+        values = helpers.oracle_values("aniso", helpers.wide(some), idxs)
+
+        def op(length, *x):
+            return helpers.aggregate("aniso", x, K, p_lengths=length[0], points_axis="p")
+
+        in_specs = (S("p"), *specs(S()))
+        out = jax.jit(over(mesh, op, in_specs, S()))(*placed(mesh, (np.array(lengths), *x), in_specs))
+        np.testing.assert_array_equal(out.idxs, np.where(idxs < 0, -1, kept[idxs]))
+        helpers.assert_trees_close(tuple(out)[:3], values, 1e-12)
+
+
+def test_more_neighbours_than_points_on_a_device(mesh, rng):
+    x = helpers.cloud(rng, "iso", 8, P, F)
+    many = P - 1
+    in_specs = specs(S("q"), "iso")
+    fn = over(mesh, lambda *x: jka.knn_aggregate(*x, many, points_axis="p"), in_specs, S("q"))
+    out = jax.jit(fn)(*placed(mesh, x, in_specs))
+    np.testing.assert_array_equal(out.idxs, helpers.oracle_search("iso", x, many))
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+def test_given_neighbours(queries, mesh, rng):
+    """Indices into the points of all devices, and what lies outside of them."""
+    Q = 16
+    x = helpers.cloud(rng, "aniso", Q, P, F)
+    idxs = rng.integers(-2, P + 2, (Q, K))
+    in_specs = (QUERIES[queries], *specs(QUERIES[queries]))
+    fn = over(
+        mesh,
+        lambda idxs, *x: jka.knn_aggregate_aniso_precomputed(*x, idxs, points_axis="p"),
+        in_specs,
+        QUERIES[queries],
+    )
+    out = jax.jit(fn)(*placed(mesh, (idxs, *x), in_specs))
+    np.testing.assert_array_equal(out.idxs, np.where((idxs < 0) | (idxs >= P), -1, idxs))
+    helpers.assert_trees_close(tuple(out)[:3], helpers.oracle_values("aniso", helpers.wide(x), idxs), 1e-12)
+
+
+def test_half_precision_features(mesh, rng):
+    """Summed over devices in float32, rounded once."""
+    q, p, f, sigma, R = helpers.cloud(rng, "aniso", 8, P, 3, dtype=np.float32)
+    x = (q, p, jnp.asarray(f, jnp.bfloat16), sigma, R)
+    in_specs = specs(S("q"))
+    fn = jax.jit(over(mesh, lambda *x: field("aniso")(*x)[0], in_specs, S("q")))
+    got = fn(*placed(mesh, x, in_specs))
+    assert got.dtype == jnp.bfloat16
+    want = helpers.oracle("aniso", (q, p, np.asarray(x[2], np.float32), sigma, R), K)[0]
+    helpers.assert_close(got, want, 1e-2)
+
+
+def test_scan_of_remat_of_vmap(mesh, rng):
+    """Descent on two scenes, each split over the devices, the search saved or repeated."""
+    x = helpers.cloud(rng, "aniso", 8, P, F, batch=(2,))
+    in_specs = (S(None, "q"), *[S(None, "p")] * 4)
+
+    def steps(op, total):
+        def loss(*x):
+            return total(jax.vmap(jax.checkpoint(lambda *x: jnp.sum(jnp.sin(op(*x)[0]))))(*x).sum())
+
+        def step(x, _):
+            return tuple(a - 0.01 * d for a, d in zip(x, jax.grad(loss, range(5))(*x), strict=True)), None
+
+        return lambda *x: jax.lax.scan(step, x, length=2)[0]
+
+    split = steps(field("aniso"), lambda a: jax.lax.psum(a, "q"))
+    compiled = helpers.quick_jit(over(mesh, split, in_specs, in_specs))
+    want = helpers.oracle_jit(steps(helpers.outputs("aniso", K), lambda a: a))(*x)
+    helpers.assert_trees_close(compiled(*placed(mesh, x, in_specs)), want, 1e-9)
+
+
+def test_partially_manual(mesh, rng):
+    """Only the points' axis is manual; queries are split by their type along the other one, which moves lists of
+    neighbours along it too (README), but no points."""
+    x = helpers.cloud(rng, "aniso", 16, P, F)
+    in_specs = specs(S("q"))
+    inside = (S(), *[S("p")] * 4)
+    fn = jax.shard_map(lambda *x: field("aniso")(*x)[0], mesh=mesh, in_specs=inside, out_specs=S(), axis_names={"p"})
+    compiled = helpers.quick_jit(fn)
+    x_placed = placed(mesh, x, in_specs)
+    helpers.assert_close(compiled(*x_placed), helpers.oracle("aniso", x, K)[0], 1e-12)
+    for kind, shapes in helpers.collectives(compiled, *x_placed):
+        assert not any({P, PART} & set(shape) for shape in shapes), f"{kind} of {shapes}"
+
+
+def test_errors(eight_cpu_devices, rng):
+    mesh = Mesh(np.array(eight_cpu_devices).reshape(2, N), ("q", "p"))
+    x = helpers.cloud(rng, "aniso", 16, P, F)
+
+    def call(points="p", check_vma=True, **options):
+        return jax.shard_map(
+            lambda *x: jka.knn_aggregate_aniso(*x, **{"K": K, "points_axis": "p", **options}).f_out,
+            mesh=mesh,
+            in_specs=(S("q"), *[S(points)] * 4),
+            out_specs=S("q"),
+            check_vma=check_vma,
+        )(*x)
+
+    with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
+        jka.knn_aggregate_aniso(*x, K, points_axis="p")
+    with pytest.raises(ValueError, match="does not vary over points_axis 'p'"):
+        call(None)
+    with pytest.raises(ValueError, match="check_vma=True"):
+        call(check_vma=False)
+    with pytest.raises(TypeError, match="expected the name of a mesh axis"):
+        call(points_axis=0)
+    with pytest.raises(ValueError, match=f"1 <= K <= {P}, the number of points P of all devices"):
+        call(K=P + 1)
