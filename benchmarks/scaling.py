@@ -30,9 +30,10 @@ def _results() -> dict[str, Any] | None:
 def gradient_bytes(P: int, F: int) -> int:
     """What each of many devices sends in an Eikonal step for summing the gradients of P points (p, f, sigma, R).
 
-    They are summed over devices twice, by an all-reduce after vjp_vjp and one after vjp, which send twice their size.
+    They are summed over devices by an all-reduce, which sends twice their size. (That after vjp_vjp and that after vjp
+    are added up, and XLA makes one of the two.)
     """
-    return 2 * 2 * 4 * P * (3 + F + 3 + 9)
+    return 2 * 4 * P * (3 + F + 3 + 9)
 
 
 def merge_bytes(Q: int, F: int, K: int) -> int:

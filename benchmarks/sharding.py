@@ -140,15 +140,13 @@ def moved(compiled: Any, devices: int) -> dict[str, int]:
         "collective-permute": 1,
     }
     out: dict[str, int] = {}
-    for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(factor)})(-start)?\(", compiled.as_text()):
+    # Of an asynchronous collective, "-done" has the type of the result; that of "-start" has operands in it too.
+    for shapes, kind in re.findall(rf"= (.*?) ({'|'.join(factor)})(?:-done)?\(", compiled.as_text()):
         sizes = [
             _WIDTH[t] * math.prod(int(d) for d in dims.split(",") if d)
             for t, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
         ]
-        size = sum(sizes)
-        if start and kind == "all-gather":  # an asynchronous one returns its operands too
-            size = size * devices // (devices + 1)
-        out[kind] = out.get(kind, 0) + round(size * factor[kind])
+        out[kind] = out.get(kind, 0) + round(sum(sizes) * factor[kind])
     return out
 
 

@@ -468,7 +468,7 @@ _COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permu
 def collectives(jitted, *args):
     """The collectives of the compiled program, as a list of (kind, shapes of its results)."""
     text = jitted.lower(*args).compile().as_text()
-    found = re.findall(rf"= (.*?) ({_COLLECTIVES})(?:-start)?\(", text)
+    found = re.findall(rf"= (.*?) ({_COLLECTIVES})(?:-done)?\(", text)
     dims = [re.findall(r"[a-z]+\d*\[([\d,]*)\]", results) for results, _ in found]
     return [
         (kind, [tuple(map(int, filter(None, d.split(",")))) for d in ds])
