@@ -1,4 +1,4 @@
-"""The least that each kernel of a step must move and compute, counted, in float32.
+"""The least that each kernel of a step must move and compute, counted, in float32, and the time that it takes an H200.
 
 N queries in all scenes, P points in all scenes, F features, K neighbours; NK pairs.
 """
@@ -49,4 +49,27 @@ def floors(B: int, P: int, Q: int, F: int, K: int) -> dict[str, Floor]:
         "vjp": Floor(
             x + 4 * N * F + idxs + factors + 12 * N + of_points, rows + 4 * pairs * (F + 3), pairs * (2 * F + 28 + 9)
         ),
+    }
+
+
+#: What an H200 does in a second: bytes of memory (measured, a copy), bytes of L2 (lts__t_bytes at 100 %), products of
+#: halves on tensor cores.
+MEMORY, L2, TENSOR = 4.27e12, 5.5e12, 494e12
+
+
+def h200_floors(B: int, P: int, Q: int, F: int, K: int) -> dict[str, tuple[float, str]]:
+    """Seconds below which no version of a kernel gets on a cloud that fits into L2, and of what."""
+    pairs = B * Q * K
+    rows = 4 * F * pairs  # of f, or of the cotangent, one for each pair
+    of_points = 4 * B * P * (POINT + F)
+    of_queries = 4 * B * Q * F
+    return {
+        "search": (2 * 32 * B * Q * P / TENSOR, "two products of inner dimension 32"),
+        "grouping": (pairs * (4 + 4 + 4) / MEMORY, "indices read twice, written once"),
+        "value": (rows / L2 + of_queries / MEMORY, "rows of f from L2, f_out"),
+        "vjp for q": (rows / L2, "rows of f from L2"),
+        "vjp_vjp, queries": (rows / L2 + of_queries / MEMORY, "rows of f from L2, the gradient in the cotangent"),
+        "vjp_vjp, points": (rows / L2 + of_points / MEMORY, "rows of the cotangent from L2, gradients of points"),
+        "vjp, queries": (rows / L2, "rows of f from L2"),
+        "vjp, points": (rows / L2 + of_points / MEMORY, "rows of the cotangent from L2, gradients of points"),
     }

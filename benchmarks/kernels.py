@@ -1,23 +1,19 @@
 """``python -m benchmarks.kernels``: what each CUDA kernel of an Eikonal step at W1 takes, and what binds it, by ncu.
 
-Writes results/kernels-cuda.json and the table of docs/performance.md; with ``--table`` the table alone, from the JSON.
-The least that a kernel must do is counted here (``FLOORS``), and set against what an H200 can do.
+Needs ncu, of Nsight Compute. Writes results/kernels-cuda.json.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import pathlib
 import re
 import subprocess
 import sys
+import time
 from typing import Any
 
-from . import knn_aggregate, measure
+from . import measure
 
-PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
-MARKS = "<!-- kernels -->\n", "<!-- /kernels -->"
 METRICS = {
     "us": "gpu__time_duration.sum",
     "instructions": "sm__instruction_throughput.avg.pct_of_peak_sustained_elapsed",
@@ -34,28 +30,6 @@ GROUPS = {
     "search": "FindExtents|Prepare|FilterKernel",
     "grouping": "CountTile|SumCounts|PlaceTile",
 }
-
-#: What an H200 does in a second: bytes of memory (measured, a copy), bytes of L2 (lts__t_bytes at 100 %), and products
-#: of halves on tensor cores.
-MEMORY, L2, TENSOR = 4.27e12, 5.5e12, 494e12
-
-
-def floors() -> dict[str, tuple[float, str]]:
-    """Seconds below which no version of a kernel gets, and of what."""
-    B, Q, P, F, K = (knn_aggregate.W1[k] for k in "BQPFK")
-    pairs = B * Q * K
-    rows = 4 * F * pairs  # of f, or of the cotangent, one for each pair
-    results = 4 * B * P * (15 + F)
-    return {
-        "search": (2 * 32 * B * Q * P / TENSOR, "two products of inner dimension 32"),
-        "grouping": (pairs * (4 + 4 + 4) / MEMORY, "indices read twice, written once"),
-        "value": (rows / L2 + 4 * B * Q * F / MEMORY, "rows of f from L2, f_out"),
-        "vjp for q": (rows / L2, "rows of f from L2"),
-        "vjp_vjp, queries": (rows / L2 + 4 * B * Q * F / MEMORY, "rows of f from L2, the gradient in the cotangent"),
-        "vjp_vjp, points": (rows / L2 + results / MEMORY, "rows of the cotangent from L2, gradients of points"),
-        "vjp, queries": (rows / L2, "rows of f from L2"),
-        "vjp, points": (rows / L2 + results / MEMORY, "rows of the cotangent from L2, gradients of points"),
-    }
 
 
 def profile(cloud: str) -> list[dict[str, Any]]:
@@ -93,30 +67,10 @@ def profile(cloud: str) -> list[dict[str, Any]]:
     return kernels
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = ["| | kernels, µs | floor, µs: of what | time over floor | busiest |", "|---|---|---|---|---|"]
-    kernels = results["results"]["sphere"]
-    for role, (seconds, what) in floors().items():
-        mine = [k for k in kernels if k["role"] == role]
-        total, longest = sum(k["us"] for k in mine), max(mine, key=lambda k: k["us"])
-        parts = " + ".join(f"{k['us']:.0f}" for k in mine) if len(mine) > 1 else ""
-        busy = sorted(((longest[k], k) for k in METRICS if k not in ("us", "warps")), reverse=True)[:2]
-        text = ", ".join(f"{k} {v:.0f} %" for v, k in busy) + f"; {longest['warps']:.0f} % of the warps"
-        sum_text = f"{total:.0f}" + (f" ({parts})" if parts else "")
-        lines.append(f"| {role} | {sum_text} | {1e6 * seconds:.0f}: {what} | {total / seconds / 1e6:.1f} | {text} |")
-    env = results["environment"]
-    return "\n".join(lines) + f"\n\n{env['device']}: {env['date']}, `{env['command'].strip()}`, W1 sphere.\n"
-
-
 def main() -> None:
-    if "--table" not in sys.argv:
-        measure.write("kernels", {cloud: profile(cloud) for cloud in ("sphere", "uniform")})
-    path = measure.RESULTS / "kernels-cuda.json"
-    text = table(json.loads(path.read_text()))
-    print(text)
-    if PAGE.exists() and MARKS[0] in PAGE.read_text():
-        before, rest = PAGE.read_text().split(MARKS[0])
-        PAGE.write_text(before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1])[1])
+    start = time.perf_counter()
+    results = {cloud: profile(cloud) for cloud in ("sphere", "uniform")}
+    print(measure.write("kernels", results, time.perf_counter() - start))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import measure
-from .floors import floors
+from .floors import floors, h200_floors
+from .knn_aggregate import W1
 from .measure import OURS, number
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -169,6 +170,27 @@ def card() -> str:
     )
 
 
+def kernels() -> str:
+    """CUDA kernels of an Eikonal step at W1, sphere, by ncu."""
+    runs = _runs("kernels")
+
+    def rows() -> Iterator[list[str]]:
+        for run in runs:
+            for role, (seconds, what) in h200_floors(*(W1[k] for k in "BPQFK")).items():
+                mine = [k for k in run["results"]["sphere"] if k["role"] == role]
+                total, longest = sum(k["us"] for k in mine), max(mine, key=lambda k: k["us"])
+                each = " + ".join(f"{k['us']:.0f}" for k in mine)
+                parts = f" ({each})" if len(mine) > 1 else ""
+                shares = {k: longest[k] for k in ("instructions", "tensor", "L1", "L2", "memory")}
+                busiest = sorted(shares, key=lambda k: -shares[k])[:2]
+                text = ", ".join(f"{k} {shares[k]:.0f} %" for k in busiest) + f"; warps {longest['warps']:.0f} %"
+                floor = f"{1e6 * seconds:.0f}: {what}"
+                yield [role, f"{total:.0f}{parts}", floor, f"{total / seconds / 1e6:.1f}", text]
+
+    head = ["", "kernels, µs", "floor, µs: of what", "time over floor", "busiest, of the longest kernel"]
+    return _table(head, rows()) + _notes(runs)
+
+
 def fresh() -> str:
     """Compilation and memory."""
 
@@ -250,7 +272,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "distortion": lambda: _against_plain("distortion", lambda name: True),
     **{
         f.__name__: f
-        for f in (scale, search, steps, scenes, parts, distortion_floor, card, fresh, crossover, rivals, sources)
+        for f in (
+            scale,
+            search,
+            steps,
+            scenes,
+            parts,
+            kernels,
+            distortion_floor,
+            card,
+            fresh,
+            crossover,
+            rivals,
+            sources,
+        )
     },
 }
 
