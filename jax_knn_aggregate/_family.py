@@ -1,20 +1,22 @@
 """One machine for derivatives: an op and its derivatives to any order, from one reference formula and a few kernels.
 
-A *family* is five primitives around a pure-JAX function ``reference(x, aux) -> y``, where ``x`` is a tuple of
+A *family* is six primitives around a pure-JAX function ``reference(x, aux) -> y``, where ``x`` is a tuple of
 differentiable operands, ``aux`` a tuple of integer operands and ``y`` a tuple of float results. With J the Jacobian of
 the reference at x:
 
     value    (x, aux)           -> y
     jvp      (x, aux, dx)       -> dy = J dx
     vjp      (x, aux, ct)       -> x_bar = Jᵀ ct                         the transpose of jvp
+    jvp_jvp  (x, aux, v, dx, dv)   -> d(J v) along (dx, dv)              the JVP of jvp
     vjp_jvp  (x, aux, ct, dx, dct) -> d(x_bar) along (dx, dct)           the JVP of vjp
     vjp_vjp  (x, aux, ct, v)    -> the gradient of ⟨ct, J(x) v⟩ = ⟨v, Jᵀ ct⟩ in x and in ct
-                                                                         the transpose of vjp_jvp
+                                                                         the transpose of jvp_jvp and vjp_jvp
 
-Reverse mode of first and second order executes value, vjp, vjp_vjp (and jvp, where in second order the cotangent alone
-carries a tangent); those may have kernels. Whatever has none (vjp_jvp, every order beyond the second, platforms without
-kernels) runs the reference, so that no term is ever missing. An Eikonal step, d/d(all) of a loss on ∇_q, executes
-value, vjp, vjp_vjp, vjp.
+value, jvp, vjp and vjp_vjp may have kernels, and vjp_jvp then has them too: the Hessian of ⟨ct, y⟩ is symmetric, so
+that Jᵀ ct changes along dx by the gradient of ⟨ct, J(x) dx⟩, which vjp_vjp computes. That is first and second order in
+every mix of modes but forward over forward. Whatever has no kernel (that, orders beyond the second, platforms without)
+runs the reference, so that no term is ever missing. An Eikonal step, d/d(all) of a loss on ∇_q, executes value, vjp,
+vjp_vjp, vjp; with ∇_q taken forward, jvp instead of the first vjp.
 
 Static masks over x and y say which operands carry a tangent (or a cotangent) and which results are wanted. Symbolic
 zeros are dropped by these masks, never instantiated: a kernel computes what is asked for and nothing else.
@@ -62,8 +64,12 @@ def _nonzero(values: Iterable[Any]) -> Mask:
     return tuple(not _is_zero(v) for v in values)
 
 
+def _nonzero_present(values: Iterable[Any]) -> Mask:
+    return tuple(v is not None and not _is_zero(v) for v in values)
+
+
 class Family:
-    """The five primitives of one op. Call it as ``family(*x, *aux, implementation=...)``.
+    """The six primitives of one op. Call it as ``family(*x, *aux, implementation=...)``.
 
     Args:
       name: prefix of the primitives' names.
@@ -99,19 +105,28 @@ class Family:
             for ndims, of in zip((self.x_ndims, self.aux_ndims, self.y_ndims), items, strict=True)
         )
         self._kernels = kernels
+        if {"vjp", "vjp_vjp"} <= kernels.keys():
+            self._kernels = {**kernels, "vjp_jvp": self._vjp_jvp_kernel}
         make = functools.partial(self._make, name)
         self.value = make("value", self._value)
-        self.jvp = make("jvp", self._jvp, needs_kernel=False)
+        self.jvp = make("jvp", self._jvp)
         self.vjp = make("vjp", self._vjp)
-        self.vjp_jvp = make("vjp_jvp", self._vjp_jvp, needs_kernel=False)
+        self.jvp_jvp = make("jvp_jvp", self._jvp_jvp)
+        self.vjp_jvp = make("vjp_jvp", self._vjp_jvp)
         self.vjp_vjp = make("vjp_vjp", self._vjp_vjp)
 
         ad.primitive_jvps[self.value] = self._value_jvp_rule
+        ad.primitive_jvps[self.jvp] = self._jvp_jvp_rule
         ad.primitive_jvps[self.vjp] = self._vjp_jvp_rule
-        for p, impl in ((self.jvp, self._jvp), (self.vjp_jvp, self._vjp_jvp), (self.vjp_vjp, self._vjp_vjp)):
+        for p, impl in (
+            (self.jvp_jvp, self._jvp_jvp),
+            (self.vjp_jvp, self._vjp_jvp),
+            (self.vjp_vjp, self._vjp_vjp),
+        ):
             ad.primitive_jvps[p] = functools.partial(_reference_jvp_rule, p, impl)
         ad.primitive_transposes[self.jvp] = self._jvp_transpose_rule
         ad.primitive_transposes[self.vjp] = self._vjp_transpose_rule
+        ad.primitive_transposes[self.jvp_jvp] = self._jvp_jvp_transpose_rule
         ad.primitive_transposes[self.vjp_jvp] = self._vjp_jvp_transpose_rule
 
     def __call__(self, *operands: jax.Array, implementation: str | None = None) -> tuple[jax.Array, ...]:
@@ -158,10 +173,8 @@ class Family:
         dy = self._jvp_of(x, aux, dx)
         return [fit(d, full + d.shape[len(full) :]) for d in dy]
 
-    def _jvp_of(self, x: Operands, aux: Operands, dx: Sparse) -> tuple[jax.Array, ...]:
-        x = tuple(a if d is None else jnp.broadcast_to(a, _common(a, d)) for a, d in zip(x, dx, strict=True))
-        dx = tuple(jnp.zeros_like(a) if d is None else jnp.broadcast_to(d, a.shape) for a, d in zip(x, dx, strict=True))
-        return jax.jvp(lambda *x: self._batched_reference(x, aux), x, dx)[1]
+    def _jvp_of(self, x: Operands, aux: Operands, dx: Sparse) -> list[jax.Array]:
+        return _pushed(lambda *x: list(self._batched_reference(x, aux)), x, dx)
 
     def _vjp(self, *operands: Any, wrt: Mask, outs: Mask, keep: Keep) -> list[jax.Array]:
         x, aux, ct = self._groups(operands, outs)
@@ -177,17 +190,19 @@ class Family:
         bars = pull(tuple(jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(y, ct, strict=True)))
         return [fit(b, s) for b, s in zip(bars, shapes, strict=True)]
 
+    def _jvp_jvp(self, *operands: Any, wrt: Mask, tx: Mask, tv: Mask) -> list[jax.Array]:
+        x, aux, v, dx, dv = self._groups(operands, wrt, tx, tv)
+        full = batch_shape(operands, self._ndims(wrt=wrt, tx=tx, tv=tv))
+        n = len(x)
+
+        def f(*z: jax.Array) -> list[jax.Array]:
+            dy = self._jvp_of(z[:n], aux, _spread(z[n:], wrt))
+            return [fit(d, full + d.shape[len(full) :]) for d in dy]
+
+        return _pushed(f, (*x, *_pick(v, wrt)), (*dx, *_pick(dv, wrt)))
+
     def _vjp_jvp(self, *operands: Any, wrt: Mask, outs: Mask, keep: Keep, tx: Mask, tc: Mask) -> list[jax.Array]:
         x, aux, ct, dx, dct = self._groups(operands, outs, tx, tc)
-        primals = (*x, *_pick(ct, outs))
-        tangents = (*dx, *_pick(dct, outs))
-        primals = tuple(
-            a if t is None else jnp.broadcast_to(a, _common(a, t)) for a, t in zip(primals, tangents, strict=True)
-        )
-        tangents = tuple(
-            jnp.zeros_like(a) if t is None else jnp.broadcast_to(t, a.shape)
-            for a, t in zip(primals, tangents, strict=True)
-        )
         n = len(x)
         shapes = self._kept_shapes(operands, wrt, keep, outs=outs, tx=tx, tc=tc)
 
@@ -195,7 +210,7 @@ class Family:
             bars = self._vjp(*z[:n], *aux, *z[n:], wrt=wrt, outs=outs, keep=keep)
             return [fit(b, s) for b, s in zip(bars, shapes, strict=True)]
 
-        return list(jax.jvp(f, primals, tangents)[1])
+        return _pushed(f, (*x, *_pick(ct, outs)), (*dx, *_pick(dct, outs)))
 
     def _vjp_vjp(
         self, *operands: Any, outs: Mask, along: Mask, want_x: Mask, want_ct: Mask, keep: Keep
@@ -206,12 +221,12 @@ class Family:
             jnp.broadcast_to(a, _common(a, s)) for a, s in zip(_pick(x, want_x), shapes[: sum(want_x)], strict=True)
         ]
 
-        def f(*wide: jax.Array) -> tuple[jax.Array, ...]:
+        def f(*wide: jax.Array) -> list[jax.Array]:
             it = iter(wide)
             return self._jvp_of(tuple(next(it) if m else a for a, m in zip(x, want_x, strict=True)), aux, v)
 
         dy, pull = jax.vjp(f, *wide)
-        bars = pull(tuple(jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(dy, ct, strict=True)))
+        bars = pull([jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(dy, ct, strict=True)])
         return [fit(b, s) for b, s in zip([*bars, *_pick(dy, want_ct)], shapes, strict=True)]
 
     # Shapes of results.
@@ -279,13 +294,46 @@ class Family:
             )
         return [None] * (len(x) + len(aux)) + _pick(_spread(bars, want), wrt)
 
+    def _jvp_jvp_rule(self, primals: Any, tangents: Any, *, wrt: Mask, implementation: str | None) -> Any:
+        x, aux, _ = self._groups(primals, wrt)
+        dx, _, dv = self._groups(tangents, wrt)
+        tx, tv = _nonzero(dx), _nonzero_present(dv)
+        dy = bind(self.jvp, *primals, wrt=wrt, implementation=implementation)
+        if not any(tx) and not any(tv):
+            return dy, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in dy]
+        if not any(tx):  # jvp is linear in v
+            return dy, bind(self.jvp, *x, *aux, *_pick(dv, tv), wrt=tv, implementation=implementation)
+        moving = (*_pick(dx, tx), *_pick(dv, tv))
+        return dy, bind(self.jvp_jvp, *primals, *moving, wrt=wrt, tx=tx, tv=tv, implementation=implementation)
+
+    def _jvp_jvp_transpose_rule(
+        self, cts: Any, *operands: Any, wrt: Mask, tx: Mask, tv: Mask, implementation: str | None
+    ) -> Any:
+        x, aux, v, dx, dv = self._groups(operands, wrt, tx, tv)
+        outs = _nonzero(cts)
+        want_x, want_v = (tuple(ad.is_undefined_primal(d) for d in group) for group in (dx, dv))
+        avals_x, avals_v = ([d.aval for d in _pick(group, want)] for group, want in ((dx, want_x), (dv, want_v)))
+        bars_x, bars_v = ([ad.Zero(a) for a in avals] for avals in (avals_x, avals_v))
+        if any(outs):
+            ct = _pick(cts, outs)
+            full = batch_shape(ct, _pick(self.y_ndims, outs))
+            common = {"outs": outs, "implementation": implementation}
+            keep_x, keep_v = (tuple(_kept(a, full) for a in avals) for avals in (avals_x, avals_v))
+            if any(want_x):
+                masks = {"along": wrt, "want_x": want_x, "want_ct": (False,) * len(outs), "keep": keep_x}
+                bars_x = bind(self.vjp_vjp, *x, *aux, *ct, *_pick(v, wrt), **masks, **common)
+            if any(want_v):
+                bars_v = bind(self.vjp, *x, *aux, *ct, wrt=want_v, keep=keep_v, **common)
+        before = [None] * (len(x) + len(aux) + sum(wrt))
+        return before + _pick(_spread(bars_x, want_x), tx) + _pick(_spread(bars_v, want_v), tv)
+
     def _vjp_jvp_rule(
         self, primals: Any, tangents: Any, *, wrt: Mask, outs: Mask, keep: Keep, implementation: str | None
     ) -> Any:
         x, aux, _ = self._groups(primals, outs)
         dx, _, dct = self._groups(tangents, outs)
         tx = _nonzero(dx)
-        tc = tuple(d is not None and not _is_zero(d) for d in dct)
+        tc = _nonzero_present(dct)
         bars = bind(self.vjp, *primals, wrt=wrt, outs=outs, keep=keep, implementation=implementation)
         if not any(tx) and not any(tc):
             return bars, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in bars]
@@ -313,7 +361,7 @@ class Family:
     ) -> Any:
         x, aux, ct = self._groups(operands, outs)
         v = _spread(cts, wrt)
-        along = tuple(c is not None and not _is_zero(c) for c in v)
+        along = _nonzero_present(v)
         want = tuple(ad.is_undefined_primal(c) for c in ct)
         if any(along):
             dy = bind(self.jvp, *x, *aux, *_pick(v, along), wrt=along, implementation=implementation)
@@ -335,7 +383,7 @@ class Family:
     ) -> Any:
         x, aux, ct, dx, dct = self._groups(operands, outs, tx, tc)
         v = _spread(cts, wrt)
-        along = tuple(c is not None and not _is_zero(c) for c in v)
+        along = _nonzero_present(v)
         want_x = tuple(ad.is_undefined_primal(d) for d in dx)
         want_ct = tuple(ad.is_undefined_primal(d) for d in dct)
         avals = [d.aval for d in (*_pick(dx, want_x), *_pick(dct, want_ct))]
@@ -359,7 +407,7 @@ class Family:
 
     # Primitives.
 
-    def _make(self, name: str, role: str, impl: Callable[..., list[jax.Array]], needs_kernel: bool = True) -> Any:
+    def _make(self, name: str, role: str, impl: Callable[..., list[jax.Array]]) -> Any:
         kernel = self._kernels.get(role)
         return make_primitive(
             f"{name}_{role}",
@@ -367,9 +415,26 @@ class Family:
             outputs=self._outputs,
             cores=self._cores,
             kernel=functools.partial(self._run_kernel, kernel) if kernel else None,
-            needs_kernel=needs_kernel,
             add_batch_axis=lambda p: {**p, "keep": tuple((True, *ks) for ks in p["keep"])} if "keep" in p else p,
         )
+
+    def _vjp_jvp_kernel(
+        self,
+        platform: str,
+        batch: Shape,
+        x: Operands,
+        aux: Operands,
+        ct: Sparse,
+        dx: Sparse,
+        dct: Sparse,
+        results: tuple[jax.ShapeDtypeStruct | None, ...],
+    ) -> list[jax.Array] | None:
+        nothing = (None,) * len(self.y_ndims)
+        bars = self._kernels["vjp_vjp"](platform, batch, x, aux, ct, dx, (*results, *nothing))
+        if bars is None or all(c is None for c in dct):
+            return bars
+        more = self._kernels["vjp"](platform, batch, x, aux, dct, results)
+        return None if more is None else [a + b for a, b in zip(bars, more, strict=True)]
 
     def _run_kernel(
         self, kernel: Callable[..., list[jax.Array] | None], platform: str, *operands: jax.Array, **p: Any
@@ -400,14 +465,13 @@ class Family:
         return [a.reshape(o.shape) for a, o in zip(got, outputs, strict=True)]
 
 
-_MASKS_OVER_X = ("wrt", "along", "tx")
+_MASKS_OVER_X = ("wrt", "along", "tx", "tv")
 
 
 def _operand_masks(**p: Any) -> list[str]:
     """Those of a primitive's parameters that say which operands follow x and aux, in operand order."""
-    if "outs" not in p:
-        return ["wrt"] if "wrt" in p else []  # jvp: dx; value: none
-    return [key for key in ("outs", "along", "tx", "tc") if key in p]
+    keys = ("outs", "along", "tx", "tc") if "outs" in p else ("wrt", "tx", "tv")  # vjp's wrt says what is wanted
+    return [key for key in keys if key in p]
 
 
 def _wanted(**p: Any) -> Mask | None:
@@ -422,6 +486,17 @@ def _common(a: Any, b: Any) -> Shape:
     return jnp.broadcast_shapes(getattr(a, "shape", a), getattr(b, "shape", b))
 
 
+def _pushed(f: Callable[..., list[jax.Array]], primals: Operands, tangents: Sparse) -> list[jax.Array]:
+    """The tangents of f(*primals) along ``tangents``, None being zero, with the batch axes of primals and tangents."""
+    primals = tuple(
+        a if t is None else jnp.broadcast_to(a, _common(a, t)) for a, t in zip(primals, tangents, strict=True)
+    )
+    dense = tuple(
+        jnp.zeros_like(a) if t is None else jnp.broadcast_to(t, a.shape) for a, t in zip(primals, tangents, strict=True)
+    )
+    return list(jax.jvp(f, primals, dense)[1])
+
+
 def _kept(aval: Any, full: Shape) -> Mask:
     return tuple(n == m for n, m in zip(aval.shape, full, strict=False))
 
@@ -431,7 +506,11 @@ def _reference_jvp_rule(
 ) -> Any:
     """JVP of a primitive without a rule of its own: differentiate its pure-JAX computation. Third order and up."""
     shardings = [jax.typeof(a).sharding for a in jax.eval_shape(functools.partial(primitive.bind, **p), *primals)]
-    p.pop("implementation")
+    if p.pop("implementation") == "ffi":
+        raise NotImplementedError(
+            f"{primitive.name}: implementation='ffi' was asked for, but there are no kernels for derivatives beyond "
+            "the second order. implementation=None uses kernels where there are some, and pure JAX for the rest."
+        )
     floats = [jnp.issubdtype(jax.typeof(a).dtype, jnp.inexact) for a in primals]
 
     reference = left_to_partitioner(functools.partial(impl, **p), shardings)

@@ -40,7 +40,6 @@ def make_primitive(
     outputs: Callable[..., Sequence[jax.ShapeDtypeStruct]],
     cores: Callable[..., tuple[Sequence[str], Sequence[str]]],
     kernel: Kernel | None = None,
-    needs_kernel: bool = True,
     add_batch_axis: Callable[[dict[str, Any]], dict[str, Any]] = lambda params: params,
 ) -> Primitive:
     """Makes a primitive whose operands and results all have leading batch axes of size n or 1 (see ``_batch.py``).
@@ -52,7 +51,6 @@ def make_primitive(
       cores: the core axes of operands and results, ``cores(**params)``, a character each: "." for an axis that every
         device needs whole, a letter for one that may be split (see ``_sharding.py``).
       kernel: the same computation through FFI calls.
-      needs_kernel: whether ``implementation="ffi"`` must raise where there is no kernel.
       add_batch_axis: what ``params`` become when vmap puts one more batch axis in front.
 
     All bind parameters are static; ``implementation`` is one of them and picks the lowering.
@@ -82,7 +80,7 @@ def make_primitive(
             results = kernel(platform, *operands, **params)
             if results is not None:
                 return list(results)
-        if implementation == "ffi" and needs_kernel:
+        if implementation == "ffi":
             raise NotImplementedError(
                 f"{name}: implementation='ffi' was asked for, but there is no kernel for these operands on "
                 f"{platform or 'this platform'}. Kernels run on {' and '.join(PLATFORMS)} where they were built "

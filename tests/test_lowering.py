@@ -5,6 +5,7 @@ import re
 
 import helpers
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jax_knn_aggregate as jka
@@ -29,10 +30,18 @@ def calls(fn, x):
 def steps(metric, implementation=None):
     op = helpers.outputs(metric, K, implementation)
     every = range(len(ARGUMENTS[metric]))
+
+    def forward_eikonal(q, *rest):  # ∇_q by forward mode
+        along = jnp.broadcast_to(jnp.eye(3)[:, None], (3, *q.shape)).astype(q.dtype)
+        slopes = jax.vmap(lambda v: jax.jvp(lambda q: helpers.total(op(q, *rest)), (q,), (v,))[1])(along)
+        return jnp.sum(slopes**2)
+
     return {
         "value": op,
         "gradient": jax.grad(lambda *x: helpers.total(op(*x)), every),
         "Eikonal": jax.value_and_grad(helpers.eikonal(op), every),
+        "Eikonal, ∇_q forward": jax.grad(forward_eikonal, every),
+        "Hessian times vector": lambda *x: jax.jvp(jax.grad(lambda *x: helpers.total(op(*x)), every), x, x)[1],
     }
 
 
@@ -40,6 +49,8 @@ WANTED = {
     "value": {"search": 1, "value": 1},
     "gradient": {"search": 1, "value": 1, "vjp": 1},
     "Eikonal": {"search": 1, "value": 1, "vjp": 2, "vjp_vjp": 1},
+    "Eikonal, ∇_q forward": {"search": 1, "value": 1, "jvp": 1, "vjp": 1, "vjp_vjp": 1},
+    "Hessian times vector": {"search": 1, "value": 1, "jvp": 1, "vjp": 1, "vjp_jvp": 1},
 }
 
 
@@ -57,9 +68,11 @@ def test_kernels(name, problem, kernels):
     metric, x = problem
     got = calls(steps(metric)[name], x)
     helping = {n for n in got if n not in {f"{metric}_{r}" for r in ("search", "value", "vjp", "vjp_vjp", "jvp")}}
-    assert {n: c for n, c in got.items() if n not in helping} == {
-        f"{metric}_{role}": n for role, n in WANTED[name].items()
-    }
+    # vjp_jvp has no kernel of its own: it is made of vjp_vjp and, where the cotangent moves too, vjp.
+    wanted = {f"{metric}_{role}": n for role, n in WANTED[name].items() if role != "vjp_jvp"}
+    if "vjp_jvp" in WANTED[name]:
+        wanted[f"{metric}_vjp_vjp"] = 1
+    assert {n: c for n, c in got.items() if n not in helping} == wanted
     assert helping <= {"invert"}
     assert not calls(steps(metric, "xla")[name], x), "implementation='xla' calls kernels"
 
@@ -88,7 +101,7 @@ def test_only_queries_moving(problem):
 
 def test_kernels_hold_no_array_of_all_pairs_or_features(problem, kernels):
     metric, x = problem
-    for name in ("value", "Eikonal"):
+    for name in ("value", "gradient", "Eikonal", "Hessian times vector"):
         text = jax.jit(steps(metric)[name]).lower(*x).as_text()
         # Bytes are scratch space, of at least 2 MiB.
         shapes = [tuple(map(int, s.split("x")[:-1])) for s in re.findall(r"tensor<((?:\d+x)+)(?!ui8)[a-z]", text)]
