@@ -234,7 +234,8 @@ def _by_partitioner(fn: Callable[..., Sequence[jax.Array]], labels: Axes) -> Cal
         return mesh, shard, shardings(results, labels.results), tuple(shardings(operands, labels.operands))
 
     split = custom_partitioning(traced)
-    split.def_partition(partition, sharding_rule=_rule(labels))
+    # Decoded here: JAX's own decoding raises for an axis that has a part of a mesh axis, as a reshape can leave it.
+    split.def_partition(partition, sharding_rule=_rule(labels), decode_shardings=False)
     return split
 
 
@@ -245,15 +246,31 @@ def _offered(mesh: Any, operands: Sequence[Any], labels: Sequence[Labels]) -> As
     """
     over: Assignment = {}
     used: set[str] = set()
+    if mesh.empty:  # the devices of the program are no one mesh
+        return over
     for a, of_operand in zip(operands, labels, strict=True):
-        spec = getattr(a.sharding, "spec", ())  # a sharding without names means that there is no one mesh
-        for entry, label, size in zip(spec, of_operand, a.shape, strict=False):
-            names = _names(entry)
+        for names, label, size in zip(_split_over(a.sharding, mesh, a.ndim), of_operand, a.shape, strict=True):
             shards = math.prod(mesh.shape[n] for n in names)
             if names and label and label not in over and not used & set(names) and size % shards == 0:
                 over[label] = names
                 used |= set(names)
     return over
+
+
+def _split_over(sharding: Any, mesh: Any, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes over which a sharding splits each axis of an array; none where it does not take them whole."""
+    n, shape = mesh.size, mesh.devices.shape
+    parts = sharding.devices_indices_map((n,) * ndim)  # n is a multiple of the number of parts of any axis
+    starts = np.array([[part.start or 0 for part in parts[d]] for d in mesh.devices.flat]).reshape(*shape, ndim)
+    place = np.indices(shape)
+    out = []
+    for start in np.moveaxis(starts, -1, 0):
+        steps = [start.take(1, k).flat[0] - start.flat[0] if size > 1 else 0 for k, size in enumerate(shape)]
+        axes = sorted(np.flatnonzero(steps), key=lambda k: -steps[k])  # major to minor
+        sizes = [shape[k] for k in axes]
+        taken_whole = axes and (start * math.prod(sizes) == n * np.ravel_multi_index(list(place[axes]), sizes)).all()
+        out.append(tuple(mesh.axis_names[k] for k in axes) if taken_whole else ())
+    return out
 
 
 def _rule(labels: Axes) -> SdyShardingRule:

@@ -323,6 +323,17 @@ def test_uneven_shards_are_gathered(eight_cpu_devices, rng):
     helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(fn)(*x), 1e-9)
 
 
+@pytest.mark.parametrize("each", [jax.vmap, lambda f: functools.partial(jax.lax.map, f)], ids=["vmap", "map"])
+def test_parts_of_a_mesh_axis_are_gathered(each, eight_cpu_devices, rng):
+    """Queries in chunks, fewer than devices: a reshape leaves each axis split over a part of the mesh axis."""
+    mesh = Mesh(np.array(eight_cpu_devices[:4]), ("a",))
+    x = helpers.cloud(rng, "aniso", 16, P, F)
+    loss = losses(None)["Eikonal"]
+    fn = jax.value_and_grad(lambda q, *rest: each(lambda q: loss(q, *rest))(q.reshape(2, 8, 3)).sum(), range(5))
+    placed = helpers.place(mesh, x, LAYOUTS["queries"][0])
+    helpers.assert_trees_close(helpers.quick_jit(fn)(*placed), helpers.oracle_jit(fn)(*x), 1e-9)
+
+
 def test_split_points_are_gathered_on_auto_meshes(eight_cpu_devices, rng):
     mesh = Mesh(np.array(eight_cpu_devices[:3]), ("a",))
     x = problem(rng)
