@@ -97,8 +97,8 @@ def explicit(name: str, avals: Sequence[Any], labels: Sequence[Labels]) -> Assig
             at = f"{name}: operand {position} of type {aval.str_short(mesh_axis_types=True)} is split along axis {axis}"
             if label is None:
                 raise ValueError(
-                    f"{at}, which every device needs whole. Replicate it (jax.sharding.reshard), or keep each "
-                    "device's part of the points and pass points_axis inside jax.shard_map (docs/sharding.md)."
+                    f"{at}, which every device needs whole. Replicate it (jax.sharding.reshard); docs/sharding.md "
+                    "says what can be split, and how to keep points split over devices (points_axis)."
                 )
             if over.setdefault(label, names) != names:
                 raise ValueError(
