@@ -112,6 +112,7 @@ def _cuda_index_pays(queries: int, P: int, K: int, dtype: Any) -> bool:
 
 
 def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm: bool) -> list[jax.Array]:
+    (out,) = _outputs(metric, *operands, K=K, indexed=indexed, warm=warm)
     ndims = _core_ndims(metric, False, False)
     operands = operands[: len(ndims)]  # neither an index nor guesses change the result
     Q, P = operands[0].shape[-2], operands[1].shape[-2]
@@ -131,7 +132,8 @@ def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm
 
         return lax.map(nearest, q, batch_size=chunk)
 
-    return [over_batch(one, operands, ndims)]
+    # Batch axes that an index or guesses alone have in full.
+    return [jnp.broadcast_to(over_batch(one, operands, ndims), out.shape)]
 
 
 def ordered(dists: jax.Array, idxs: jax.Array) -> jax.Array:

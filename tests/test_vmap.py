@@ -226,6 +226,30 @@ def test_integer_arguments(implementation, rng):
             helpers.assert_trees_close(jax.tree.map(lambda a, i=i: a[i], batched), want, 1e-12)
 
 
+def test_what_never_changes_the_result(implementation, rng):
+    """Guesses and indexes may be mapped where nothing else is: the result repeats along the mapped axis."""
+    x = helpers.cloud(rng, "aniso", Q, P, F)
+    want = helpers.oracle("aniso", x, K)
+    guesses = rng.integers(-1, P, (Q, N, 2))
+    index = jka.build_index(x[1], x[3], x[4], implementation=implementation)
+    indexes = jax.tree.map(lambda a: jnp.stack([a] * N), index)
+
+    def op(warm, index):
+        return jka.knn_aggregate_aniso(*x, K, warm_idxs=warm, index=index, implementation=implementation)
+
+    calls = {
+        "guesses": jax.vmap(lambda w: op(w, None), in_axes=1)(guesses),
+        "indexes": jax.vmap(lambda i: op(None, i))(indexes),
+        "both, nested": jax.vmap(lambda w: jax.vmap(lambda i: op(w, i))(indexes), in_axes=1)(guesses),
+    }
+    for name, got in calls.items():
+        lead = got.idxs.shape[:-2]
+        assert lead == ((N, N) if "nested" in name else (N,)), f"{name}: {got.idxs.shape}"
+        np.testing.assert_array_equal(got.idxs, np.broadcast_to(want[3], (*lead, Q, K)), err_msg=name)
+        wide = tuple(np.broadcast_to(a, (*lead, *a.shape)) for a in want[:3])
+        helpers.assert_trees_close(tuple(got)[:3], wide, 1e-12, f"{name}: ")
+
+
 # ---- Nothing is copied
 
 
