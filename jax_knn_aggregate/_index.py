@@ -17,7 +17,7 @@ import numpy as np
 from jax.interpreters import ad
 
 from . import _ffi
-from ._batch import MAX_BATCH_AXES, batch_shape, merged, over_batch, size
+from ._batch import batch_shape, over_batch, over_merged_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._primitive import bind, make_primitive
 
@@ -107,13 +107,10 @@ def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array]
 
 
 def _kernel(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:
-    ndims = _core_ndims(metric)
-    batches, full = merged([a.shape[: a.ndim - n] for a, n in zip(operands, ndims, strict=True)])
-    if len(full) > MAX_BATCH_AXES:
-        return None
-    merged_operands = [a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True)]
-    results = emit(metric, platform, *merged_operands)
-    return results and [a.reshape(o.shape) for a, o in zip(results, _outputs(metric, *operands), strict=True)]
+    depth = operands[0].ndim - 2
+    return over_merged_batch(
+        lambda operands, *_: emit(metric, platform, *operands), operands, depth, _outputs(metric, *operands)
+    )
 
 
 def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
