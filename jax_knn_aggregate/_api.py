@@ -171,10 +171,10 @@ def knn_aggregate_aniso_lookup(
     implementation = _checks.implementation(implementation)
     (q, p, f, sigma, R), batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
     P = p.shape[-2]
-    _checks.shape_of("knn_table", knn_table, batch, {"P": P, "K'": None}, may_share=True)
-    K = _checks.neighbours(K, jnp.shape(knn_table)[-1], "the width of knn_table")
+    table = _checks.indices("knn_table", knn_table, P, batch, (P, "K'"), may_share=True)
+    K = _checks.neighbours(K, table.shape[-1], "the width of knn_table")
+    table = table[..., :K]
     lengths = _checks.lengths(p_lengths, batch, P)
-    table = _checks.indices("knn_table", knn_table, P)[..., :K]
     index = _checks.index(index, ISOTROPIC.name, p, batch)
     nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation, index)[..., 0]
 
@@ -211,9 +211,8 @@ def knn_aggregate_aniso_precomputed(
     """
     implementation = _checks.implementation(implementation)
     x, batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
-    _checks.shape_of("knn_idxs", knn_idxs, batch, {"Q": x[0].shape[-2], "K": None})
     _points.check(points_axis, x[0], x[1])
-    idxs = _checks.indices("knn_idxs", knn_idxs, _points.count(points_axis, x[1]))
+    idxs = _checks.indices("knn_idxs", knn_idxs, _points.count(points_axis, x[1]), batch, (x[0].shape[-2], "K"))
     return _result(ANISOTROPIC, tuple(x), idxs, points_axis, implementation)
 
 
@@ -354,12 +353,10 @@ def _neighbours(
     _points.check(axis, q, p)
     P = _points.count(axis, p)
     K = _checks.neighbours(options.K, P, "the number of points P" + (" of all devices" if axis else ""))
-    _checks.size(P)
     lengths = _checks.lengths(options.p_lengths, batch, p.shape[-2])
     index = _checks.index(options.index, metric.name, p, batch)
     warm = options.warm_idxs
     if warm is not None:
-        _checks.shape_of("warm_idxs", warm, batch, {"Q": q.shape[-2], "W": None})
-        warm = _checks.indices("warm_idxs", warm, P)
+        warm = _checks.indices("warm_idxs", warm, P, batch, (q.shape[-2], "W"))
     parameters = parameters[: len(metric.search_ndims)]
     return _points.search(metric, q, p, parameters, lengths, K, options.implementation, axis, index, warm)

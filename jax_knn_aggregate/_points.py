@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _aggregate, _search
+from . import _aggregate, _checks, _search
 from ._index import KnnIndex
 from ._metric import Metric
 
@@ -48,7 +48,9 @@ def check(points_axis: Any, q: jax.Array, p: jax.Array) -> None:
 
 def count(points_axis: str | None, p: jax.Array) -> int:
     """The number of points on all devices."""
-    return p.shape[-2] * (1 if points_axis is None else lax.axis_size(points_axis))
+    P = p.shape[-2] * (1 if points_axis is None else lax.axis_size(points_axis))
+    _checks.points(P)
+    return P
 
 
 def search(

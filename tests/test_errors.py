@@ -112,13 +112,16 @@ def test_no_kernel_for_derivatives():
     "name, shape, words",
     [
         ("q", (B, Q, 2), ["q has shape (2, 4, 2)", "(B, Q, 3)", "axis 2 must have size 3"]),
-        ("q", (Q,), ["q has shape (4,)", "(Q, 3)"]),
-        ("q", (1, B, Q, 3), ["q has shape (1, 2, 4, 3)", "(Q, 3)"]),
+        ("q", (Q,), ["q has shape (4,), expected (Q, 3) or (B, Q, 3)."]),
+        ("q", (1, B, Q, 3), ["q has shape (1, 2, 4, 3), expected (Q, 3) or (B, Q, 3)."]),
         ("q", (Q, 3), ["p has shape (2, 6, 3)", "(P, 3)", "because q has shape (4, 3)", "without a batch axis"]),
         ("p", (B, P, 4), ["p has shape (2, 6, 4)", "(B, P, 3)"]),
         ("p", (P, 3), ["p has shape (6, 3)", "(B, P, 3)", "because q has shape (2, 4, 3)", "jax.vmap"]),
         ("p", (B + 1, P, 3), ["p has shape (3, 6, 3)", "B = 2 in q"]),
-        ("f", (B, P), ["f has shape (2, 6)", "(B, P, F)"]),
+        ("p", (B, P), ["p has shape (2, 6), expected (B, P, 3)."]),
+        ("f", (B, P), ["f has shape (2, 6), expected (B, P, F). Add the last axis: f[:, :, None]."]),
+        ("f", (P, F), ["f has shape (6, 3), expected (B, P, F), because q has shape (2, 4, 3)", "jax.vmap"]),
+        ("f", (F,), ["f has shape (3,), expected (B, P, F)."]),
         ("f", (B, P + 1, F), ["f has shape (2, 7, 3)", "P = 6 in p", "(2, 6, 3)"]),
         ("sigma", (B, P, 1), ["sigma has shape (2, 6, 1)", "(B, P, 3)"]),
         ("sigma", (B, P - 1, 3), ["sigma has shape (2, 5, 3)", "P = 6 in p"]),
@@ -148,7 +151,23 @@ def test_shapes_isotropic():
         K=K,
     )
     fails(ValueError, ["p has shape (6,)"], jka.build_knn_table, np.zeros(6, np.float32), 1)
+    for batch, axes in (((), ":"), ((B,), ":, :")):
+        x = arguments("iso", batch)
+        hint = f"{(*batch, P)}, expected {'(B, P, 1)' if batch else '(P, 1)'}. Add the last axis: sigma[{axes}, None]."
+        fails(ValueError, ["sigma has shape " + hint], jka.knn_aggregate, **(x | {"sigma": x["sigma"][..., 0]}), K=K)
     fails(ValueError, ["p has shape (6, 2)"], jka.build_knn_table, np.zeros((6, 2), np.float32), 1)
+
+
+@pytest.mark.parametrize("batch", [(), (B,), (0,)], ids=str)
+def test_no_points(batch):
+    x = arguments(batch=batch)
+    x = {name: a if name == "q" else a[..., :0, :] if name != "R" else a[..., :0, :, :] for name, a in x.items()}
+    words = ["p has no points, expected at least one", "p_lengths"]
+    for name in WITH_K:
+        fails(ValueError, words, ops(x)[name])
+    fails(ValueError, words, ops(x)["precomputed"])
+    fails(ValueError, words, jka.build_index, x["p"])
+    fails(ValueError, words, jka.build_index, x["p"], x["sigma"], x["R"], implementation="xla")
 
 
 def test_shapes_of_integers():
@@ -213,9 +232,13 @@ def test_types():
             **(x | {"p": bad}),
             K=K,
         )
-    for bad in ([[[0] * K] * Q] * B, None, "idxs"):
-        with pytest.raises((TypeError, ValueError), match="knn_idxs"):
-            jka.knn_aggregate_aniso_precomputed(**x, knn_idxs=bad)
+    for bad in ([[[0] * K] * Q] * B, [[0], [1, 2]], None, "idxs", 1.0):
+        words = [f"is a {type(bad).__name__}, expected an integer array", "jnp.asarray"]
+        fails(TypeError, ["knn_idxs", *words], jka.knn_aggregate_aniso_precomputed, **x, knn_idxs=bad)
+        fails(TypeError, ["knn_table", *words], jka.knn_aggregate_aniso_lookup, **x, knn_table=bad, K=K)
+        if bad is not None:
+            fails(TypeError, ["warm_idxs", *words], jka.knn_search, x["q"], x["p"], K, warm_idxs=bad)
+            fails(TypeError, ["p_lengths", *words], jka.knn_search, x["q"], x["p"], K, p_lengths=bad)
 
 
 def test_integer_dtypes():

@@ -143,6 +143,9 @@ def test_lengths(metric, implementation, rng):
     for b in range(6):
         one = helpers.aggregate(metric, [a[b] for a in x], K, p_lengths=int(lengths[b]), implementation=implementation)
         np.testing.assert_array_equal(one.idxs, got.idxs[b])
+    for length, b in ((-(2**70), 0), (2**70, 5)):  # of any size
+        one = helpers.aggregate(metric, [a[b] for a in x], K, p_lengths=length, implementation=implementation)
+        np.testing.assert_array_equal(one.idxs, got.idxs[b])
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
