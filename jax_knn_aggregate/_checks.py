@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ import numpy as np
 
 from ._index import KnnIndex
 from ._primitive import IMPLEMENTATIONS
+
+Array = jax.Array | np.ndarray  # what users may pass
+Implementation = Literal[None, "xla", "ffi"]
 
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -24,7 +27,7 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
 }
 
 
-def arrays(isotropic: bool = False, **named: Any) -> tuple[list[jax.Array], tuple[int, ...]]:
+def arrays(isotropic: bool = False, /, **named: Any) -> tuple[list[jax.Array], tuple[int, ...]]:
     """Converts float arguments to JAX arrays and checks them against one another.
 
     Returns the arrays in the order given, and the batch shape: () or (B,).
@@ -112,7 +115,7 @@ def neighbours(K: Any, limit: int, of: str) -> int:
     return K
 
 
-def implementation(value: Any) -> Any:
+def implementation(value: Any) -> Implementation:
     if value not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {value!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
     return value

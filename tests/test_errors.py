@@ -44,6 +44,7 @@ def ops(a):
         "aniso": lambda K=K, **o: jka.knn_aggregate_aniso(*x, K, **o),
         "lookup": lambda K=K, **o: jka.knn_aggregate_aniso_lookup(*x, table, K, **o),
         "precomputed": lambda K=K, **o: jka.knn_aggregate_aniso_precomputed(*x, idxs, **o),
+        "precomputed iso": lambda K=K, **o: jka.knn_aggregate_precomputed(q, p, f, sigma[..., :1], idxs, **o),
         "iso": lambda K=K, **o: jka.knn_aggregate(q, p, f, sigma[..., :1], K, **o),
         "search": lambda K=K, **o: jka.knn_search_aniso(q, p, sigma, R, K, **o),
         "search iso": lambda K=K, **o: jka.knn_search(q, p, K, **o),
@@ -52,7 +53,7 @@ def ops(a):
 
 
 ENTRY_POINTS = tuple(ops(arguments()))
-WITH_K = tuple(n for n in ENTRY_POINTS if n != "precomputed")
+WITH_K = tuple(n for n in ENTRY_POINTS if not n.startswith("precomputed"))
 
 
 @pytest.mark.parametrize("name", WITH_K)
@@ -143,13 +144,10 @@ def test_shapes(name, shape, words):
 
 def test_shapes_isotropic():
     x = arguments("iso")
-    fails(
-        ValueError,
-        ["sigma has shape (2, 6, 3)", "(B, P, 1)"],
-        jka.knn_aggregate,
-        **(x | {"sigma": np.ones((B, P, 3), np.float32)}),
-        K=K,
-    )
+    wide = x | {"sigma": np.ones((B, P, 3), np.float32)}
+    words = ["sigma has shape (2, 6, 3)", "(B, P, 1)"]
+    fails(ValueError, words, jka.knn_aggregate, **wide, K=K)
+    fails(ValueError, words, jka.knn_aggregate_precomputed, **wide, knn_idxs=np.zeros((B, Q, K), np.int32))
     fails(ValueError, ["p has shape (6,)"], jka.build_knn_table, np.zeros(6, np.float32), 1)
     for batch, axes in (((), ":"), ((B,), ":, :")):
         x = arguments("iso", batch)
@@ -163,9 +161,8 @@ def test_no_points(batch):
     x = arguments(batch=batch)
     x = {name: a if name == "q" else a[..., :0, :] if name != "R" else a[..., :0, :, :] for name, a in x.items()}
     words = ["p has no points, expected at least one", "p_lengths"]
-    for name in WITH_K:
-        fails(ValueError, words, ops(x)[name])
-    fails(ValueError, words, ops(x)["precomputed"])
+    for op in ops(x).values():
+        fails(ValueError, words, op)
     fails(ValueError, words, jka.build_index, x["p"])
     fails(ValueError, words, jka.build_index, x["p"], x["sigma"], x["R"], implementation="xla")
 
@@ -178,6 +175,13 @@ def test_shapes_of_integers():
             [f"knn_idxs has shape {shape}", "(2, 4, K)"],
             jka.knn_aggregate_aniso_precomputed,
             **x,
+            knn_idxs=np.zeros(shape, np.int32),
+        )
+        fails(
+            ValueError,
+            [f"knn_idxs has shape {shape}", "(2, 4, K)"],
+            jka.knn_aggregate_precomputed,
+            **arguments("iso"),
             knn_idxs=np.zeros(shape, np.int32),
         )
     for shape in ((P,), (P + 1, K), (B + 1, P, K), (1, B, P, K)):

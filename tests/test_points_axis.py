@@ -140,21 +140,22 @@ def test_more_neighbours_than_points_on_a_device(mesh, rng):
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-def test_given_neighbours(queries, mesh, rng):
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_given_neighbours(metric, queries, mesh, rng):
     """Indices into the points of all devices, and what lies outside of them."""
     Q = 16
-    x = helpers.cloud(rng, "aniso", Q, P, F)
+    x = helpers.cloud(rng, metric, Q, P, F)
     idxs = rng.integers(-2, P + 2, (Q, K))
-    in_specs = (QUERIES[queries], *specs(QUERIES[queries]))
+    in_specs = (QUERIES[queries], *specs(QUERIES[queries], metric))
     fn = over(
         mesh,
-        lambda idxs, *x: jka.knn_aggregate_aniso_precomputed(*x, idxs, points_axis="p"),
+        lambda idxs, *x: helpers.precomputed(metric, x, idxs, points_axis="p"),
         in_specs,
         QUERIES[queries],
     )
     out = jax.jit(fn)(*placed(mesh, (idxs, *x), in_specs))
     np.testing.assert_array_equal(out.idxs, np.where((idxs < 0) | (idxs >= P), -1, idxs))
-    helpers.assert_trees_close(tuple(out)[:3], helpers.oracle_values("aniso", helpers.wide(x), idxs), 1e-12)
+    helpers.assert_trees_close(tuple(out)[:3], helpers.oracle_values(metric, helpers.wide(x), idxs), 1e-12)
 
 
 @pytest.mark.parametrize("queries", QUERIES)

@@ -117,6 +117,7 @@ def test_values_of_every_entry_point(check_vma, cpu_implementation, mesh, rng):
             jka.knn_aggregate_aniso_precomputed(q, *rest, idxs, **options),
             jka.knn_aggregate_aniso_lookup(q, *rest, table, K, **options),
             jka.knn_aggregate(q, p, f, sigma[:, :1], K, **options),
+            jka.knn_aggregate_precomputed(q, p, f, sigma[:, :1], idxs, **options),
             jka.knn_search(q, p, K, p_lengths=length, **options),
         )
 
@@ -251,6 +252,7 @@ def test_jit_every_entry_point(cpu_implementation, grid, rng):
             jka.knn_aggregate_aniso_precomputed(q, p, f, sigma, R, idxs, **options),
             jka.knn_aggregate_aniso_lookup(q, p, f, sigma, R, table, K, **options),
             jka.knn_aggregate(q, p, f, sigma[:, :1], K, **options),
+            jka.knn_aggregate_precomputed(q, p, f, sigma[:, :1], idxs, **options),
             jka.knn_search(q, p, K, p_lengths=length, **options),
             jka.knn_search_aniso(q, p, sigma, R, K, **options),
         )

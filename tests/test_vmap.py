@@ -211,6 +211,8 @@ def test_integer_arguments(implementation, rng):
     looked_up = jax.vmap(lambda t: jka.knn_aggregate_aniso_lookup(*x, t, K, **options), in_axes=-1)(tables)
     idxs = jnp.asarray(rng.integers(-1, P, (Q, N, K)))
     given = jax.vmap(lambda i: jka.knn_aggregate_aniso_precomputed(*x, i, **options), in_axes=1)(idxs)
+    y = (*x[:3], x[3][:, :1])
+    given_iso = jax.vmap(lambda i: jka.knn_aggregate_precomputed(*y, i, **options), in_axes=1)(idxs)
     searched = jax.vmap(lambda n: jka.knn_search(x[0], x[1], K, p_lengths=n, **options))(lengths)
     table = jax.vmap(lambda p: jka.build_knn_table(p, K, **options))(jnp.stack([x[1], -x[1]]))
     np.testing.assert_array_equal(table[0], table[1])
@@ -219,6 +221,7 @@ def test_integer_arguments(implementation, rng):
             (got, jka.knn_aggregate_aniso(*x, K, p_lengths=lengths[i], **options)),
             (looked_up, jka.knn_aggregate_aniso_lookup(*x, tables[..., i], K, **options)),
             (given, jka.knn_aggregate_aniso_precomputed(*x, idxs[:, i], **options)),
+            (given_iso, jka.knn_aggregate_precomputed(*y, idxs[:, i], **options)),
             (searched, jka.knn_search(x[0], x[1], K, p_lengths=lengths[i], **options)),
         ]
         for batched, want in wants:
