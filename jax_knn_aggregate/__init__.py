@@ -9,6 +9,7 @@ from ._api import (
     knn_aggregate_aniso,
     knn_aggregate_aniso_lookup,
     knn_aggregate_aniso_precomputed,
+    knn_aggregate_precomputed,
     knn_search,
     knn_search_aniso,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "knn_aggregate_aniso",
     "knn_aggregate_aniso_lookup",
     "knn_aggregate_aniso_precomputed",
+    "knn_aggregate_precomputed",
     "knn_search",
     "knn_search_aniso",
 ]

@@ -8,13 +8,15 @@ world to local and need not be orthonormal; sigma may be any real number. The ma
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from . import _checks, _index, _points
 from ._aggregate import featureless
+from ._checks import Array, Implementation
 from ._index import KnnIndex
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._search import search
@@ -49,30 +51,31 @@ class KnnSearch(NamedTuple):
     idxs: jax.Array
 
 
-class _Options(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Options:
     """What the searching calls have in common, as users gave it."""
 
-    K: Any
-    p_lengths: Any
-    index: Any
-    warm_idxs: Any
-    points_axis: Any
-    implementation: Any
+    K: int
+    p_lengths: Array | int | None
+    index: KnnIndex | None
+    warm_idxs: Array | None
+    points_axis: str | None
+    implementation: Implementation
 
 
 def knn_aggregate_aniso(
-    q: Any,
-    p: Any,
-    f: Any,
-    sigma: Any,
-    R: Any,
+    q: Array,
+    p: Array,
+    f: Array,
+    sigma: Array,
+    R: Array,
     K: int,
     *,
-    p_lengths: Any = None,
+    p_lengths: Array | int | None = None,
     index: KnnIndex | None = None,
-    warm_idxs: Any = None,
+    warm_idxs: Array | None = None,
     points_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> KnnAggregate:
     """Sums features of the K nearest points, each point measuring distance in its own metric.
 
@@ -88,8 +91,9 @@ def knn_aggregate_aniso(
       K: number of neighbours, a Python integer, 1 <= K <= P.
       p_lengths: (B,) integers, clipped to [0, P]; points from that index on do not exist. Without batch axis a scalar.
       index: of this cloud, from ``build_index(p, sigma, R)`` (isotropic: ``build_index(p)``) with the same p_lengths;
-        spares this call to look for structure itself. Built for other points of the same shape, it gives neighbours in
-        those, without a warning.
+        spares this call to look for structure itself. It is not compared with the points: after these have moved,
+        kernels find neighbours in the cloud for which it was built, without a warning, and the reference, which makes
+        no use of an index, in the one given.
       warm_idxs: (B, Q, W) integers, likely neighbours, such as idxs of an earlier step. They may make the search faster
         and never change its result; those outside [0, P) are ignored.
       points_axis: inside ``jax.shard_map``, the mesh axis over which the cloud is split: p, f, sigma, R and p_lengths
@@ -98,7 +102,8 @@ def knn_aggregate_aniso(
         Queries are the same on all devices of the axis, and so are the results; or they vary over it, and each device
         gets the results of its own.
       implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
-        NotImplementedError where the platform has no kernel.
+        NotImplementedError where there is no kernel for the platform or this K. Derivatives of first and second order
+        have kernels; those of third and higher order run the reference, with "ffi" too.
 
     Returns:
       KnnAggregate. Neighbours are the K smallest distances as computed in the input dtype, in ascending order, equal
@@ -112,17 +117,17 @@ def knn_aggregate_aniso(
 
 
 def knn_aggregate(
-    q: Any,
-    p: Any,
-    f: Any,
-    sigma: Any,
+    q: Array,
+    p: Array,
+    f: Array,
+    sigma: Array,
     K: int,
     *,
-    p_lengths: Any = None,
+    p_lengths: Array | int | None = None,
     index: KnnIndex | None = None,
-    warm_idxs: Any = None,
+    warm_idxs: Array | None = None,
     points_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> KnnAggregate:
     """Sums features of the K nearest points by Euclidean distance, with weights exp(−sigma·|q − p|²).
 
@@ -141,17 +146,17 @@ def knn_aggregate(
 
 
 def knn_aggregate_aniso_lookup(
-    q: Any,
-    p: Any,
-    f: Any,
-    sigma: Any,
-    R: Any,
-    knn_table: Any,
+    q: Array,
+    p: Array,
+    f: Array,
+    sigma: Array,
+    R: Array,
+    knn_table: Array,
     K: int,
     *,
-    p_lengths: Any = None,
+    p_lengths: Array | int | None = None,
     index: KnnIndex | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> KnnAggregate:
     """As ``knn_aggregate_aniso``, but with neighbours from a table: those of the nearest point by Euclidean distance.
 
@@ -171,10 +176,10 @@ def knn_aggregate_aniso_lookup(
     implementation = _checks.implementation(implementation)
     (q, p, f, sigma, R), batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
     P = p.shape[-2]
-    _checks.shape_of("knn_table", knn_table, batch, {"P": P, "K'": None}, may_share=True)
-    K = _checks.neighbours(K, jnp.shape(knn_table)[-1], "the width of knn_table")
+    table = _checks.indices("knn_table", knn_table, P, batch, (P, "K'"), may_share=True)
+    K = _checks.neighbours(K, table.shape[-1], "the width of knn_table")
+    table = table[..., :K]
     lengths = _checks.lengths(p_lengths, batch, P)
-    table = _checks.indices("knn_table", knn_table, P)[..., :K]
     index = _checks.index(index, ISOTROPIC.name, p, batch)
     nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation, index)[..., 0]
 
@@ -189,15 +194,15 @@ def knn_aggregate_aniso_lookup(
 
 
 def knn_aggregate_aniso_precomputed(
-    q: Any,
-    p: Any,
-    f: Any,
-    sigma: Any,
-    R: Any,
-    knn_idxs: Any,
+    q: Array,
+    p: Array,
+    f: Array,
+    sigma: Array,
+    R: Array,
+    knn_idxs: Array,
     *,
     points_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> KnnAggregate:
     """As ``knn_aggregate_aniso``, but for given neighbours, in the order given.
 
@@ -209,26 +214,43 @@ def knn_aggregate_aniso_precomputed(
     Raises:
       ValueError: for shapes. TypeError: for dtypes.
     """
-    implementation = _checks.implementation(implementation)
-    x, batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
-    _checks.shape_of("knn_idxs", knn_idxs, batch, {"Q": x[0].shape[-2], "K": None})
-    _points.check(points_axis, x[0], x[1])
-    idxs = _checks.indices("knn_idxs", knn_idxs, _points.count(points_axis, x[1]))
-    return _result(ANISOTROPIC, tuple(x), idxs, points_axis, implementation)
+    return _precomputed(ANISOTROPIC, q, p, f, {"sigma": sigma, "R": R}, knn_idxs, points_axis, implementation)
+
+
+def knn_aggregate_precomputed(
+    q: Array,
+    p: Array,
+    f: Array,
+    sigma: Array,
+    knn_idxs: Array,
+    *,
+    points_axis: str | None = None,
+    implementation: Implementation = None,
+) -> KnnAggregate:
+    """As ``knn_aggregate``, but for given neighbours, in the order given.
+
+    Args:
+      knn_idxs: as in ``knn_aggregate_aniso_precomputed``.
+      The others as in ``knn_aggregate``.
+
+    Raises:
+      ValueError: for shapes. TypeError: for dtypes.
+    """
+    return _precomputed(ISOTROPIC, q, p, f, {"sigma": sigma}, knn_idxs, points_axis, implementation)
 
 
 def knn_search_aniso(
-    q: Any,
-    p: Any,
-    sigma: Any,
-    R: Any,
+    q: Array,
+    p: Array,
+    sigma: Array,
+    R: Array,
     K: int,
     *,
-    p_lengths: Any = None,
+    p_lengths: Array | int | None = None,
     index: KnnIndex | None = None,
-    warm_idxs: Any = None,
+    warm_idxs: Array | None = None,
     points_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> KnnSearch:
     """The K nearest points, each point measuring distance in its own metric. Arguments as in ``knn_aggregate_aniso``.
 
@@ -240,15 +262,15 @@ def knn_search_aniso(
 
 
 def knn_search(
-    q: Any,
-    p: Any,
+    q: Array,
+    p: Array,
     K: int,
     *,
-    p_lengths: Any = None,
+    p_lengths: Array | int | None = None,
     index: KnnIndex | None = None,
-    warm_idxs: Any = None,
+    warm_idxs: Array | None = None,
     points_axis: str | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> KnnSearch:
     """The K nearest points by Euclidean distance; dists are squared. Arguments as in ``knn_aggregate_aniso``.
 
@@ -260,7 +282,12 @@ def knn_search(
 
 
 def build_knn_table(
-    p: Any, K: int, *, p_lengths: Any = None, index: KnnIndex | None = None, implementation: str | None = None
+    p: Array,
+    K: int,
+    *,
+    p_lengths: Array | int | None = None,
+    index: KnnIndex | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """The K nearest points of each point by Euclidean distance: the table that ``knn_aggregate_aniso_lookup`` takes.
 
@@ -289,7 +316,12 @@ def build_knn_table(
 
 
 def build_index(
-    p: Any, sigma: Any = None, R: Any = None, *, p_lengths: Any = None, implementation: str | None = None
+    p: Array,
+    sigma: Array | None = None,
+    R: Array | None = None,
+    *,
+    p_lengths: Array | int | None = None,
+    implementation: Implementation = None,
 ) -> KnnIndex:
     """An index of a cloud, for the ``index`` of searches: worth keeping where a cloud stays for several calls.
 
@@ -319,20 +351,39 @@ def build_index(
     return _index.build(metric, p, parameters, lengths, implementation)
 
 
-def _aggregate(metric: Metric, q: Any, p: Any, f: Any, parameters: dict[str, Any], options: _Options) -> KnnAggregate:
+def _aggregate(
+    metric: Metric, q: Array, p: Array, f: Array, parameters: dict[str, Array], options: _Options
+) -> KnnAggregate:
     implementation = _checks.implementation(options.implementation)
-    x, batch = _checks.arrays(isotropic=metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
+    x, batch = _checks.arrays(metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
     idxs = _neighbours(metric, x[0], x[1], x[3:], batch, options)
     return _result(metric, tuple(x), idxs, options.points_axis, implementation)
 
 
+def _precomputed(
+    metric: Metric,
+    q: Array,
+    p: Array,
+    f: Array,
+    parameters: dict[str, Array],
+    knn_idxs: Array,
+    points_axis: str | None,
+    implementation: Implementation,
+) -> KnnAggregate:
+    implementation = _checks.implementation(implementation)
+    x, batch = _checks.arrays(metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
+    _points.check(points_axis, x[0], x[1])
+    idxs = _checks.indices("knn_idxs", knn_idxs, _points.count(points_axis, x[1]), batch, (x[0].shape[-2], "K"))
+    return _result(metric, tuple(x), idxs, points_axis, implementation)
+
+
 def _result(
-    metric: Metric, x: tuple[jax.Array, ...], idxs: jax.Array, points_axis: str | None, implementation: str | None
+    metric: Metric, x: tuple[jax.Array, ...], idxs: jax.Array, points_axis: str | None, implementation: Implementation
 ) -> KnnAggregate:
     return KnnAggregate(*_points.aggregate(metric, x, idxs, implementation, points_axis), idxs)
 
 
-def _search(metric: Metric, q: Any, p: Any, parameters: dict[str, Any], options: _Options) -> KnnSearch:
+def _search(metric: Metric, q: Array, p: Array, parameters: dict[str, Array], options: _Options) -> KnnSearch:
     implementation = _checks.implementation(options.implementation)
     (q, p, *given), batch = _checks.arrays(q=q, p=p, **parameters)
     idxs = _neighbours(metric, q, p, given, batch, options)
@@ -354,12 +405,10 @@ def _neighbours(
     _points.check(axis, q, p)
     P = _points.count(axis, p)
     K = _checks.neighbours(options.K, P, "the number of points P" + (" of all devices" if axis else ""))
-    _checks.size(P)
     lengths = _checks.lengths(options.p_lengths, batch, p.shape[-2])
     index = _checks.index(options.index, metric.name, p, batch)
     warm = options.warm_idxs
     if warm is not None:
-        _checks.shape_of("warm_idxs", warm, batch, {"Q": q.shape[-2], "W": None})
-        warm = _checks.indices("warm_idxs", warm, P)
+        warm = _checks.indices("warm_idxs", warm, P, batch, (q.shape[-2], "W"))
     parameters = parameters[: len(metric.search_ndims)]
     return _points.search(metric, q, p, parameters, lengths, K, options.implementation, axis, index, warm)

@@ -66,5 +66,31 @@ def merged(batches: Sequence[Shape]) -> tuple[list[Shape], Shape]:
     return shapes, tuple(size for _, size in groups)
 
 
+def over_merged_batch(
+    kernel: Callable[..., Sequence[jax.Array] | None],
+    operands: Sequence[jax.Array],
+    depth: int,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+) -> list[jax.Array] | None:
+    """``kernel(operands, results, full)`` with the first ``depth`` axes, the batch axes, merged as ``merged`` does.
+
+    Args:
+      kernel: gets operands with merged axes, shapes and dtypes of results with such axes, and the merged axes' full
+        shape. It returns as many arrays, or None where it cannot serve.
+      outputs: shapes and dtypes of the results.
+
+    Returns:
+      The results, with axes as in ``outputs``; None where the kernel cannot serve, or would get too many axes.
+    """
+    before = [a.shape for a in operands] + [o.shape for o in outputs]
+    batches, full = merged([shape[:depth] for shape in before])
+    if len(full) > MAX_BATCH_AXES:
+        return None
+    after = iter(b + shape[depth:] for b, shape in zip(batches, before, strict=True))
+    merged_operands = [a.reshape(next(after)) for a in operands]
+    got = kernel(merged_operands, [jax.ShapeDtypeStruct(next(after), o.dtype) for o in outputs], full)
+    return None if got is None else [a.reshape(o.shape) for a, o in zip(got, outputs, strict=True)]
+
+
 def size(shape: Shape) -> int:
     return math.prod(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ import numpy as np
 
 from ._index import KnnIndex
 from ._primitive import IMPLEMENTATIONS
+
+Array = jax.Array | np.ndarray  # what users may pass
+Implementation = Literal[None, "xla", "ffi"]
 
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -21,12 +24,10 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
     "f": ("P", "F"),
     "sigma": ("P", 3),
     "R": ("P", 3, 3),
-    "knn_idxs": ("Q", "K"),
-    "knn_table": ("P", "K'"),
 }
 
 
-def arrays(isotropic: bool = False, **named: Any) -> tuple[list[jax.Array], tuple[int, ...]]:
+def arrays(isotropic: bool = False, /, **named: Any) -> tuple[list[jax.Array], tuple[int, ...]]:
     """Converts float arguments to JAX arrays and checks them against one another.
 
     Returns the arrays in the order given, and the batch shape: () or (B,).
@@ -37,27 +38,41 @@ def arrays(isotropic: bool = False, **named: Any) -> tuple[list[jax.Array], tupl
     batched = values[first].ndim == len(shapes[first]) + 1
     sizes: dict[str | int, tuple[int, str]] = {}
     for name, a in values.items():
-        expected = (("B",) if batched else ()) + shapes[name]
-        text = _text(expected)
+        core, with_batch = shapes[name], ("B", *shapes[name])
+        expected, otherwise = (with_batch, core) if batched else (core, with_batch)
+        got = f"{name} has shape {a.shape}, expected {_text(expected)}"
         if a.ndim != len(expected):
-            other = "with" if batched else "without"
-            why = "" if name == first else f", because {first} has shape {values[first].shape}, {other} a batch axis"
-            raise ValueError(
-                f"{name} has shape {a.shape}, expected {text}{why}. Pass all arrays with a batch axis or none; "
-                "to share one cloud between scenes, use jax.vmap with in_axes=None for it."
-            )
+            if name == first:
+                raise ValueError(f"{got} or {_text(otherwise)}.")
+            if _fits(a.shape, otherwise, sizes):
+                raise ValueError(
+                    f"{got}, because {first} has shape {values[first].shape}, {'with' if batched else 'without'} a "
+                    "batch axis. Pass all arrays with a batch axis or none; to share one cloud between scenes, use "
+                    "jax.vmap with in_axes=None for it."
+                )
+            hint = f" Add the last axis: {name}[{':, ' * a.ndim}None]." if _fits((*a.shape, 1), expected, sizes) else ""
+            raise ValueError(f"{got}.{hint}")
         for axis, (n, want) in enumerate(zip(a.shape, expected, strict=True)):
             if isinstance(want, int):
                 if n != want:
-                    raise ValueError(f"{name} has shape {a.shape}, expected {text}: axis {axis} must have size {want}.")
+                    raise ValueError(f"{got}: axis {axis} must have size {want}.")
             elif sizes.setdefault(want, (n, name))[0] != n:
                 m, other = sizes[want]
                 raise ValueError(
-                    f"{name} has shape {a.shape}, expected {text}, but {want} = {m} in {other}, whose shape is "
-                    f"{values[other].shape}. Give both the same {want}."
+                    f"{got}, but {want} = {m} in {other}, whose shape is {values[other].shape}. Give both the same "
+                    f"{want}."
                 )
+    points(values["p"].shape[-2])
     _check_dtypes(values)
     return list(values.values()), (values[first].shape[0],) if batched else ()
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[str | int, ...], sizes: dict[str | int, tuple[int, str]]) -> bool:
+    """Whether an array of this shape may be what is expected, given the sizes of letters so far."""
+    return len(shape) == len(expected) and all(
+        n == (want if isinstance(want, int) else sizes.get(want, (n, ""))[0])
+        for n, want in zip(shape, expected, strict=True)
+    )
 
 
 def _text(shape: tuple[str | int, ...]) -> str:
@@ -100,7 +115,7 @@ def neighbours(K: Any, limit: int, of: str) -> int:
     return K
 
 
-def implementation(value: Any) -> Any:
+def implementation(value: Any) -> Implementation:
     if value not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {value!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
     return value
@@ -109,6 +124,8 @@ def implementation(value: Any) -> Any:
 def integers(name: str, a: Any) -> np.ndarray | jax.Array:
     if not isinstance(a, jax.Array | np.ndarray | np.generic | int) or isinstance(a, bool):
         raise TypeError(f"{name} is a {type(a).__name__}, expected an integer array. Convert it with jnp.asarray.")
+    if isinstance(a, int):
+        a = np.int64(min(max(a, -(2**63)), 2**63 - 1))  # out of range before and after
     # NumPy's 64-bit integers stay in NumPy until they are known to be in range: jnp.asarray would cut them to 32 bits.
     a = a if isinstance(a, jax.Array) else np.asarray(a)
     if not jnp.issubdtype(a.dtype, jnp.integer):
@@ -116,10 +133,18 @@ def integers(name: str, a: Any) -> np.ndarray | jax.Array:
     return a if a.dtype.itemsize >= 4 else a.astype(np.int32)
 
 
-def indices(name: str, a: Any, P: int) -> jax.Array:
-    """int32 indices in [0, P), or −1. Range-checked before narrowing, whatever the integer dtype."""
-    size(P)
+def indices(
+    name: str, a: Any, P: int, batch: tuple[int, ...], core: tuple[int | str, ...], *, may_share: bool = False
+) -> jax.Array:
+    """int32 indices in [0, P), or −1. Range-checked before narrowing, whatever the integer dtype.
+
+    Their shape is the batch shape, which indices that may be shared can leave out, and ``core``, with a letter for any
+    size.
+    """
     a = integers(name, a)
+    expected = [(*b, *core) for b in dict.fromkeys((batch, ()) if may_share else (batch,))]
+    if not any(_fits(a.shape, shape, {}) for shape in expected):
+        raise ValueError(f"{name} has shape {a.shape}, expected {' or '.join(map(_text, expected))}.")
     xp = np if isinstance(a, np.ndarray) else jnp
     inside = (a >= 0) & (a < P)
     narrow = xp.where(inside, a, xp.zeros_like(a)).astype(np.int32)
@@ -128,7 +153,6 @@ def indices(name: str, a: Any, P: int) -> jax.Array:
 
 def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:
     """int32 lengths in [0, P] of shape ``batch``, or of size 1 along it where every cloud is whole."""
-    size(P)
     if p_lengths is None:
         return jnp.full((1,) * len(batch), P, jnp.int32)
     a = integers("p_lengths", p_lengths)
@@ -138,22 +162,6 @@ def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:
     xp = np if isinstance(a, np.ndarray) else jnp
     low = xp.where(a < 0, xp.zeros_like(a), a)
     return jnp.asarray(xp.where(low > P, xp.full_like(low, P), low).astype(np.int32))
-
-
-def shape_of(
-    name: str, a: Any, batch: tuple[int, ...], core: dict[str, int | None], *, may_share: bool = False
-) -> None:
-    """Checks an integer array's shape: the batch shape, then ``core`` sizes by letter (None for any)."""
-    tail = tuple(core.values())
-    shape = np.shape(a)
-    fits = [b for b in ((batch, ()) if may_share else (batch,)) if len(shape) == len(b) + len(tail)]
-    ok = any(all(want is None or n == want for n, want in zip(shape, b + tail, strict=True)) for b in fits)
-    if not ok:
-        expected = " or ".join(
-            _text(tuple(b) + tuple(k if n is None else n for k, n in core.items()))
-            for b in dict.fromkeys((batch, ()) if may_share else (batch,))
-        )
-        raise ValueError(f"{name} has shape {shape}, expected {expected}.")
 
 
 def index(value: Any, metric: str, p: jax.Array, batch: tuple[int, ...]) -> KnnIndex | None:
@@ -174,6 +182,9 @@ def index(value: Any, metric: str, p: jax.Array, batch: tuple[int, ...]) -> KnnI
     return value
 
 
-def size(P: int) -> None:
+def points(P: int) -> None:
+    """Checks the number of points, those of all devices together."""
+    if P == 0:
+        raise ValueError("p has no points, expected at least one. For an empty cloud, give one point and p_lengths 0.")
     if P >= 2**31:
         raise ValueError(f"p has P = {P} points, expected fewer than 2**31: indices are int32.")

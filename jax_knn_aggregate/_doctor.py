@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from importlib import metadata
+from typing import Literal
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ def _self_check(device: jax.Device) -> float:
     shapes = ((300, 3), (200, 3), (200, 16), (200, 3), (200, 3, 3))
     x = jax.device_put(tuple(rng.random(s).astype(np.float32) for s in shapes), device)
 
-    def step(implementation: str | None) -> tuple[jax.Array, ...]:
+    def step(implementation: Literal[None, "xla"]) -> tuple[jax.Array, ...]:
         def loss(x: tuple[jax.Array, ...]) -> jax.Array:
             def sdf(q: jax.Array) -> jax.Array:
                 _, p, f, sigma, R = x

@@ -17,7 +17,7 @@ import numpy as np
 from jax.interpreters import ad
 
 from . import _ffi
-from ._batch import MAX_BATCH_AXES, batch_shape, merged, over_batch, size
+from ._batch import batch_shape, over_batch, over_merged_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._primitive import bind, make_primitive
 
@@ -107,22 +107,20 @@ def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array]
 
 
 def _kernel(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:
-    ndims = _core_ndims(metric)
-    batches, full = merged([a.shape[: a.ndim - n] for a, n in zip(operands, ndims, strict=True)])
-    if len(full) > MAX_BATCH_AXES:
-        return None
-    merged_operands = [a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True)]
-    results = emit(metric, platform, *merged_operands)
-    return results and [a.reshape(o.shape) for a, o in zip(results, _outputs(metric, *operands), strict=True)]
+    depth = operands[0].ndim - 2
+    return over_merged_batch(
+        lambda operands, *_: emit(metric, platform, *operands), operands, depth, _outputs(metric, *operands)
+    )
 
 
 def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
     """A valid index that rules nothing out: points as they come, and no bounds."""
     P, dtype = operands[0].shape[-2], operands[0].dtype
-    leaves_shape, order_shape, _ = shapes(metric, P)
-    base = [np.where(np.arange(math.ceil(n / _FAN_OUT) * _FAN_OUT) < n, -np.inf, np.inf) for n in _nodes(P)]
-    nodes = np.zeros((sum(map(len, base)) // _FAN_OUT, _NODE_ROWS, _FAN_OUT))
-    nodes[:, _BASE] = np.concatenate(base).reshape(-1, _FAN_OUT)
+    leaves_shape, order_shape, nodes_shape = shapes(metric, P)
+    # Computed, and not a constant: custom_partitioning takes no function that has one.
+    exists = [jnp.arange(math.ceil(n / _FAN_OUT) * _FAN_OUT, dtype=jnp.int32) < n for n in _nodes(P)]
+    base = jnp.where(jnp.concatenate(exists), jnp.full((), -jnp.inf, dtype), jnp.full((), jnp.inf, dtype))
+    nodes = jnp.zeros(nodes_shape, dtype).at[:, _BASE].set(base.reshape(-1, _FAN_OUT))
 
     def one(*operands: jax.Array) -> list[jax.Array]:
         *points, length = operands
@@ -135,7 +133,7 @@ def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
         return [
             jnp.swapaxes(leaves, 1, 2),
             jnp.pad(order, pad, constant_values=-1).reshape(order_shape),
-            jnp.asarray(nodes, dtype),
+            nodes,
         ]
 
     return list(over_batch(one, operands, _core_ndims(metric)))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _aggregate, _search
+from . import _aggregate, _checks, _search
 from ._index import KnnIndex
 from ._metric import Metric
 
@@ -48,7 +48,9 @@ def check(points_axis: Any, q: jax.Array, p: jax.Array) -> None:
 
 def count(points_axis: str | None, p: jax.Array) -> int:
     """The number of points on all devices."""
-    return p.shape[-2] * (1 if points_axis is None else lax.axis_size(points_axis))
+    P = p.shape[-2] * (1 if points_axis is None else lax.axis_size(points_axis))
+    _checks.points(P)
+    return P
 
 
 def search(
@@ -67,11 +69,11 @@ def search(
     if points_axis is None:
         return _search.search(metric, q, p, parameters, lengths, K, implementation, index, warm)
     q, p, *parameters = (lax.stop_gradient(a) for a in (q, p, *parameters))
-    own_queries = points_axis in _varying(q)
-    q = _of_all(q, points_axis)
-    P, Q = p.shape[-2], q.shape[-2]
+    P, own_queries = p.shape[-2], points_axis in _varying(q)
     if warm is not None:
-        warm = _own(_of_all(warm, points_axis), P, points_axis)
+        warm = _own("warm_idxs", warm, q, P, points_axis)
+    q = _of_all(q, points_axis)
+    Q = q.shape[-2]
     idxs = _search.search(metric, q, p, parameters, lengths, min(K, P), implementation, index, warm)
     x = _aggregate.featureless(q, p, tuple(parameters))
     _, _, dists = _aggregate.aggregate(metric, x, idxs, implementation)
@@ -99,7 +101,7 @@ def aggregate(
         return _aggregate.aggregate(metric, x, idxs, implementation)
     own_queries = points_axis in _varying(x[0])
     P, exists = x[1].shape[-2], idxs >= 0
-    here = _own(_of_all(idxs, points_axis), P, points_axis)
+    here = _own("knn_idxs", idxs, x[0], P, points_axis)
 
     def total(a: jax.Array) -> jax.Array:
         if own_queries:
@@ -122,8 +124,16 @@ def _of_all(a: jax.Array, axis: str) -> jax.Array:
     return lax.all_gather(a, axis, axis=a.ndim - 2, tiled=True) if axis in _varying(a) else a
 
 
-def _own(idxs: jax.Array, P: int, axis: str) -> jax.Array:
-    """Indices into this device's points, −1 for those of others."""
+def _own(name: str, idxs: jax.Array, q: jax.Array, P: int, axis: str) -> jax.Array:
+    """For all queries, indices into this device's points, −1 for those of others. ``idxs`` belong to the queries q."""
+    if axis in _varying(idxs) - _varying(q):
+        raise ValueError(
+            f"{name} varies over points_axis {axis!r}, but q does not: each device along it would ask for other "
+            "neighbours of the same queries. Split both over it (in_specs of jax.shard_map), or neither."
+        )
+    if axis in _varying(q) - _varying(idxs):
+        idxs = lax.pcast(idxs, axis, to="varying")
+    idxs = _of_all(idxs, axis)
     here = idxs - _first(P, axis)
     return jnp.where((idxs >= 0) & (here >= 0) & (here < P), here, jnp.int32(-1))
 

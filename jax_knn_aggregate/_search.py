@@ -17,7 +17,7 @@ from jax import lax
 from jax.interpreters import ad
 
 from . import _ffi, _index
-from ._batch import MAX_BATCH_AXES, batch_shape, merged, over_batch, size
+from ._batch import Shape, batch_shape, over_batch, over_merged_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._primitive import bind, make_primitive
 
@@ -70,21 +70,28 @@ def _outputs(metric: Metric, *avals: Any, K: int, indexed: bool, warm: bool) -> 
 def _kernel(
     metric: Metric, platform: str, *operands: jax.Array, K: int, indexed: bool, warm: bool
 ) -> list[jax.Array] | None:
-    target = f"{metric.name}_search"
-    if not _ffi.available(target, platform) or (platform == "cuda" and K > _CUDA_MAX_K):
+    if not _ffi.available(f"{metric.name}_search", platform) or (platform == "cuda" and K > _CUDA_MAX_K):
         return None
-    (out,) = _outputs(metric, *operands, K=K, indexed=indexed, warm=warm)
-    ndims = _core_ndims(metric, indexed, warm)
-    batches, full = merged([a.shape[: a.ndim - n] for a, n in zip(operands, ndims, strict=True)])
-    if len(full) > MAX_BATCH_AXES:
-        return None
-    operands = tuple(a.reshape(b + a.shape[a.ndim - n :]) for a, b, n in zip(operands, batches, ndims, strict=True))
-    results = [jax.ShapeDtypeStruct(full + out.shape[-2:], jnp.int32)]
+    call = functools.partial(_call, metric, platform, K, indexed, warm)
+    outputs = _outputs(metric, *operands, K=K, indexed=indexed, warm=warm)
+    return over_merged_batch(call, operands, operands[0].ndim - 2, outputs)
+
+
+def _call(
+    metric: Metric,
+    platform: str,
+    K: int,
+    indexed: bool,
+    warm: bool,
+    operands: Sequence[jax.Array],
+    results: list[jax.ShapeDtypeStruct],
+    full: Shape,
+) -> Sequence[jax.Array]:
     if platform == "cuda":
         Q, P, dtype = operands[0].shape[-2], operands[1].shape[-2], operands[0].dtype
         after_cloud = 3 + len(metric.search_ndims)
         cloud = operands[1:after_cloud]
-        clouds = size(batch_shape(cloud, ndims[1:after_cloud]))
+        clouds = size(batch_shape(cloud, _core_ndims(metric, False, False)[1:]))
         if not indexed and _cuda_index_pays(size(full) * Q, P, K, dtype):
             # XLA merges equal calls: searches of one cloud share one index.
             arrays = _index.emit(metric, platform, *cloud)
@@ -94,10 +101,9 @@ def _kernel(
         # sort's histograms. That of all pairs keeps 64 bytes a point for tensor cores, 64 for what is compared in the
         # end, and a few numbers a cloud. The kernel checks that this suffices.
         of_queries, of_points = 17 * size(full) * Q + (1 << 21), clouds * (128 * (P + 8) + 64 * 28 + 32)
-        results.append(jax.ShapeDtypeStruct((of_queries if indexed else of_points,), jnp.uint8))
+        results = [*results, jax.ShapeDtypeStruct((of_queries if indexed else of_points,), jnp.uint8)]
     attributes = {"indexed": np.int32(indexed), "warm": np.int32(warm)}
-    idxs = _ffi.call(target, results)(*operands, **attributes)[0]
-    return [idxs.reshape(out.shape)]
+    return _ffi.call(f"{metric.name}_search", results)(*operands, **attributes)[:1]
 
 
 def _cuda_index_pays(queries: int, P: int, K: int, dtype: Any) -> bool:
@@ -112,6 +118,7 @@ def _cuda_index_pays(queries: int, P: int, K: int, dtype: Any) -> bool:
 
 
 def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm: bool) -> list[jax.Array]:
+    (out,) = _outputs(metric, *operands, K=K, indexed=indexed, warm=warm)
     ndims = _core_ndims(metric, False, False)
     operands = operands[: len(ndims)]  # neither an index nor guesses change the result
     Q, P = operands[0].shape[-2], operands[1].shape[-2]
@@ -131,7 +138,8 @@ def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm
 
         return lax.map(nearest, q, batch_size=chunk)
 
-    return [over_batch(one, operands, ndims)]
+    # Batch axes that an index or guesses alone have in full.
+    return [jnp.broadcast_to(over_batch(one, operands, ndims), out.shape)]
 
 
 def ordered(dists: jax.Array, idxs: jax.Array) -> jax.Array:

@@ -60,6 +60,12 @@ def search(metric, x, K, **options):
     return jka.knn_search(x[0], x[1], K, **options)
 
 
+def precomputed(metric, x, idxs, **options):
+    return (jka.knn_aggregate_aniso_precomputed if metric == "aniso" else jka.knn_aggregate_precomputed)(
+        *x, idxs, **options
+    )
+
+
 @functools.cache
 def jitted(metric, K, implementation, lengths=False):
     """The op under jit; the same compiled function for every test that asks for it."""

@@ -65,24 +65,27 @@ def test_no_implementation_given_is_as_good(rng):
     idxs = helpers.oracle_search("aniso", x, 4)
     check("aniso", jka.knn_aggregate_aniso(*x, 4), x, idxs, 1e-12)
     check("aniso", jka.knn_aggregate_aniso_precomputed(*x, idxs), x, idxs, 1e-12)
+    y = (*x[:3], x[3][:, :1])
+    check("iso", jka.knn_aggregate_precomputed(*y, idxs), y, idxs, 1e-12)
     np.testing.assert_array_equal(jka.knn_search_aniso(x[0], x[1], x[3], x[4], 4).idxs, idxs)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-def test_precomputed(batch, dtype, implementation, rng):
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_precomputed(metric, batch, dtype, implementation, rng):
     Q, P, F, K = 20, 30, 5, 6
-    x = helpers.cloud(rng, "aniso", Q, P, F, batch=batch, dtype=dtype)
+    x = helpers.cloud(rng, metric, Q, P, F, batch=batch, dtype=dtype)
     idxs = rng.integers(-1, P, (*batch, Q, K))  # some rows name a point twice, some slots are empty
     idxs[..., 0, :] = 3
     idxs[..., 1, :] = -1
-    out = jka.knn_aggregate_aniso_precomputed(*x, idxs, implementation=implementation)
-    check("aniso", out, x, idxs, TOLERANCE[dtype])
+    out = helpers.precomputed(metric, x, idxs, implementation=implementation)
+    check(metric, out, x, idxs, TOLERANCE[dtype])
     np.testing.assert_array_equal(out.f_out[..., 1, :], 0)
     # More slots than points.
     wide = rng.integers(0, P, (*batch, Q, P + 5))
-    out = jka.knn_aggregate_aniso_precomputed(*x, wide, implementation=implementation)
-    check("aniso", out, x, wide, TOLERANCE[dtype], "K > P")
+    out = helpers.precomputed(metric, x, wide, implementation=implementation)
+    check(metric, out, x, wide, TOLERANCE[dtype], "K > P")
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own table", "shared table"])

@@ -82,6 +82,34 @@ def test_merging_keeps_elements_where_they_are(rng):
         assert total == after.shape
 
 
+def test_over_merged_batch(rng):
+    """The kernel sees merged axes, its results come back with the axes that they were to have."""
+    a, b = jnp.asarray(rng.normal(size=(2, 3, 1, 5))), jnp.asarray(rng.normal(size=(2, 3, 4, 1)))
+    outputs = [jax.ShapeDtypeStruct((2, 3, 4, 5), a.dtype), jax.ShapeDtypeStruct((2, 3, 1, 5), a.dtype)]
+
+    def kernel(operands, results, full):
+        a, b = operands
+        assert (a.shape, b.shape, full) == ((6, 1, 5), (6, 4, 1), (6, 4))
+        assert [s.shape for s in results] == [(6, 4, 5), (6, 1, 5)]
+        return [a + b, 2 * a]
+
+    total, twice = _batch.over_merged_batch(kernel, [a, b], 3, outputs)
+    np.testing.assert_array_equal(total, np.asarray(a) + np.asarray(b))
+    np.testing.assert_array_equal(twice, 2 * a)
+    assert _batch.over_merged_batch(lambda *_: None, [a, b], 3, outputs) is None
+
+
+def test_over_merged_batch_of_too_many_axes():
+    n = _batch.MAX_BATCH_AXES + 1
+    operands = [jnp.zeros([2 if axis == i else 1 for axis in range(n)]) for i in range(n)]
+    outputs = [jax.ShapeDtypeStruct((2,) * n, operands[0].dtype)]
+
+    def kernel(operands, results, full):
+        raise AssertionError(f"was called with axes {full}")
+
+    assert _batch.over_merged_batch(kernel, operands, n, outputs) is None
+
+
 def test_size():
     assert _batch.size(()) == 1
     assert _batch.size((2, 0, 3)) == 0

@@ -44,6 +44,7 @@ def ops(a):
         "aniso": lambda K=K, **o: jka.knn_aggregate_aniso(*x, K, **o),
         "lookup": lambda K=K, **o: jka.knn_aggregate_aniso_lookup(*x, table, K, **o),
         "precomputed": lambda K=K, **o: jka.knn_aggregate_aniso_precomputed(*x, idxs, **o),
+        "precomputed iso": lambda K=K, **o: jka.knn_aggregate_precomputed(q, p, f, sigma[..., :1], idxs, **o),
         "iso": lambda K=K, **o: jka.knn_aggregate(q, p, f, sigma[..., :1], K, **o),
         "search": lambda K=K, **o: jka.knn_search_aniso(q, p, sigma, R, K, **o),
         "search iso": lambda K=K, **o: jka.knn_search(q, p, K, **o),
@@ -52,7 +53,7 @@ def ops(a):
 
 
 ENTRY_POINTS = tuple(ops(arguments()))
-WITH_K = tuple(n for n in ENTRY_POINTS if n != "precomputed")
+WITH_K = tuple(n for n in ENTRY_POINTS if not n.startswith("precomputed"))
 
 
 @pytest.mark.parametrize("name", WITH_K)
@@ -112,13 +113,16 @@ def test_no_kernel_for_derivatives():
     "name, shape, words",
     [
         ("q", (B, Q, 2), ["q has shape (2, 4, 2)", "(B, Q, 3)", "axis 2 must have size 3"]),
-        ("q", (Q,), ["q has shape (4,)", "(Q, 3)"]),
-        ("q", (1, B, Q, 3), ["q has shape (1, 2, 4, 3)", "(Q, 3)"]),
+        ("q", (Q,), ["q has shape (4,), expected (Q, 3) or (B, Q, 3)."]),
+        ("q", (1, B, Q, 3), ["q has shape (1, 2, 4, 3), expected (Q, 3) or (B, Q, 3)."]),
         ("q", (Q, 3), ["p has shape (2, 6, 3)", "(P, 3)", "because q has shape (4, 3)", "without a batch axis"]),
         ("p", (B, P, 4), ["p has shape (2, 6, 4)", "(B, P, 3)"]),
         ("p", (P, 3), ["p has shape (6, 3)", "(B, P, 3)", "because q has shape (2, 4, 3)", "jax.vmap"]),
         ("p", (B + 1, P, 3), ["p has shape (3, 6, 3)", "B = 2 in q"]),
-        ("f", (B, P), ["f has shape (2, 6)", "(B, P, F)"]),
+        ("p", (B, P), ["p has shape (2, 6), expected (B, P, 3)."]),
+        ("f", (B, P), ["f has shape (2, 6), expected (B, P, F). Add the last axis: f[:, :, None]."]),
+        ("f", (P, F), ["f has shape (6, 3), expected (B, P, F), because q has shape (2, 4, 3)", "jax.vmap"]),
+        ("f", (F,), ["f has shape (3,), expected (B, P, F)."]),
         ("f", (B, P + 1, F), ["f has shape (2, 7, 3)", "P = 6 in p", "(2, 6, 3)"]),
         ("sigma", (B, P, 1), ["sigma has shape (2, 6, 1)", "(B, P, 3)"]),
         ("sigma", (B, P - 1, 3), ["sigma has shape (2, 5, 3)", "P = 6 in p"]),
@@ -140,15 +144,27 @@ def test_shapes(name, shape, words):
 
 def test_shapes_isotropic():
     x = arguments("iso")
-    fails(
-        ValueError,
-        ["sigma has shape (2, 6, 3)", "(B, P, 1)"],
-        jka.knn_aggregate,
-        **(x | {"sigma": np.ones((B, P, 3), np.float32)}),
-        K=K,
-    )
+    wide = x | {"sigma": np.ones((B, P, 3), np.float32)}
+    words = ["sigma has shape (2, 6, 3)", "(B, P, 1)"]
+    fails(ValueError, words, jka.knn_aggregate, **wide, K=K)
+    fails(ValueError, words, jka.knn_aggregate_precomputed, **wide, knn_idxs=np.zeros((B, Q, K), np.int32))
     fails(ValueError, ["p has shape (6,)"], jka.build_knn_table, np.zeros(6, np.float32), 1)
+    for batch, axes in (((), ":"), ((B,), ":, :")):
+        x = arguments("iso", batch)
+        hint = f"{(*batch, P)}, expected {'(B, P, 1)' if batch else '(P, 1)'}. Add the last axis: sigma[{axes}, None]."
+        fails(ValueError, ["sigma has shape " + hint], jka.knn_aggregate, **(x | {"sigma": x["sigma"][..., 0]}), K=K)
     fails(ValueError, ["p has shape (6, 2)"], jka.build_knn_table, np.zeros((6, 2), np.float32), 1)
+
+
+@pytest.mark.parametrize("batch", [(), (B,), (0,)], ids=str)
+def test_no_points(batch):
+    x = arguments(batch=batch)
+    x = {name: a if name == "q" else a[..., :0, :] if name != "R" else a[..., :0, :, :] for name, a in x.items()}
+    words = ["p has no points, expected at least one", "p_lengths"]
+    for op in ops(x).values():
+        fails(ValueError, words, op)
+    fails(ValueError, words, jka.build_index, x["p"])
+    fails(ValueError, words, jka.build_index, x["p"], x["sigma"], x["R"], implementation="xla")
 
 
 def test_shapes_of_integers():
@@ -159,6 +175,13 @@ def test_shapes_of_integers():
             [f"knn_idxs has shape {shape}", "(2, 4, K)"],
             jka.knn_aggregate_aniso_precomputed,
             **x,
+            knn_idxs=np.zeros(shape, np.int32),
+        )
+        fails(
+            ValueError,
+            [f"knn_idxs has shape {shape}", "(2, 4, K)"],
+            jka.knn_aggregate_precomputed,
+            **arguments("iso"),
             knn_idxs=np.zeros(shape, np.int32),
         )
     for shape in ((P,), (P + 1, K), (B + 1, P, K), (1, B, P, K)):
@@ -213,9 +236,13 @@ def test_types():
             **(x | {"p": bad}),
             K=K,
         )
-    for bad in ([[[0] * K] * Q] * B, None, "idxs"):
-        with pytest.raises((TypeError, ValueError), match="knn_idxs"):
-            jka.knn_aggregate_aniso_precomputed(**x, knn_idxs=bad)
+    for bad in ([[[0] * K] * Q] * B, [[0], [1, 2]], None, "idxs", 1.0):
+        words = [f"is a {type(bad).__name__}, expected an integer array", "jnp.asarray"]
+        fails(TypeError, ["knn_idxs", *words], jka.knn_aggregate_aniso_precomputed, **x, knn_idxs=bad)
+        fails(TypeError, ["knn_table", *words], jka.knn_aggregate_aniso_lookup, **x, knn_table=bad, K=K)
+        if bad is not None:
+            fails(TypeError, ["warm_idxs", *words], jka.knn_search, x["q"], x["p"], K, warm_idxs=bad)
+            fails(TypeError, ["p_lengths", *words], jka.knn_search, x["q"], x["p"], K, p_lengths=bad)
 
 
 def test_integer_dtypes():

@@ -98,22 +98,22 @@ def test_jacobians(metric, implementation, problem):
     helpers.assert_trees_close(helpers.quick_jit(jax.jacfwd(op, every))(*x), want, 1e-10, "jacfwd")
 
 
-def test_lookup_and_precomputed(implementation, problem, rng):
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_lookup_and_precomputed(metric, implementation, problem, rng):
     """Given neighbours: a point named twice in a row counts twice, an empty slot not at all."""
-    x, _, ct, v = problem("aniso", batch=(2,))
+    x, _, ct, v = problem(metric, batch=(2,))
     table = rng.integers(0, P, (P, K + 1))
     table[:, 1] = table[:, 0]
     table[3] = -1
     rows = table[helpers.oracle_search("iso", x, 1)[..., 0], :K]
-    want = helpers.oracle_first("aniso", x, rows, ct)
-    want_second = helpers.oracle_second("aniso", x, rows, ct, v)
-    ops = {
-        "lookup": lambda *x: jka.knn_aggregate_aniso_lookup(*x, table, K, implementation=implementation)[:3],
-        "precomputed": lambda *x: jka.knn_aggregate_aniso_precomputed(*x, rows, implementation=implementation)[:3],
-    }
+    want = helpers.oracle_first(metric, x, rows, ct)
+    want_second = helpers.oracle_second(metric, x, rows, ct, v)
+    ops = {"precomputed": lambda *x: helpers.precomputed(metric, x, rows, implementation=implementation)[:3]}
+    if metric == "aniso":
+        ops["lookup"] = lambda *x: jka.knn_aggregate_aniso_lookup(*x, table, K, implementation=implementation)[:3]
     for what, op in ops.items():
         got, second = helpers.quick_jit(
-            lambda x, ct, v, op=op: (helpers.first("aniso", op, x, ct), helpers.second("aniso", op, x, ct, v))
+            lambda x, ct, v, op=op: (helpers.first(metric, op, x, ct), helpers.second(metric, op, x, ct, v))
         )(x, ct, v)
         for name in got:
             helpers.assert_close(got[name], want[name], 1e-10, f"{what}, {name}")

@@ -121,5 +121,6 @@ def test_entry_points_call_kernels(kernels, rng):
         lambda *x: jka.build_knn_table(p, K): {"iso_search": 1},
         lambda *x: jka.knn_aggregate_aniso_lookup(*x, table, K): {"iso_search": 1, "aniso_value": 1},
         lambda *x: jka.knn_aggregate_aniso_precomputed(*x, idxs): {"aniso_value": 1},
+        lambda q, p, f, sigma, R: jka.knn_aggregate_precomputed(q, p, f, sigma[:, :1], idxs): {"iso_value": 1},
     }.items():
         assert calls(fn, x) == want

@@ -140,21 +140,109 @@ def test_more_neighbours_than_points_on_a_device(mesh, rng):
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-def test_given_neighbours(queries, mesh, rng):
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_given_neighbours(metric, queries, mesh, rng):
     """Indices into the points of all devices, and what lies outside of them."""
     Q = 16
-    x = helpers.cloud(rng, "aniso", Q, P, F)
+    x = helpers.cloud(rng, metric, Q, P, F)
     idxs = rng.integers(-2, P + 2, (Q, K))
-    in_specs = (QUERIES[queries], *specs(QUERIES[queries]))
+    in_specs = (QUERIES[queries], *specs(QUERIES[queries], metric))
     fn = over(
         mesh,
-        lambda idxs, *x: jka.knn_aggregate_aniso_precomputed(*x, idxs, points_axis="p"),
+        lambda idxs, *x: helpers.precomputed(metric, x, idxs, points_axis="p"),
         in_specs,
         QUERIES[queries],
     )
     out = jax.jit(fn)(*placed(mesh, (idxs, *x), in_specs))
     np.testing.assert_array_equal(out.idxs, np.where((idxs < 0) | (idxs >= P), -1, idxs))
-    helpers.assert_trees_close(tuple(out)[:3], helpers.oracle_values("aniso", helpers.wide(x), idxs), 1e-12)
+    helpers.assert_trees_close(tuple(out)[:3], helpers.oracle_values(metric, helpers.wide(x), idxs), 1e-12)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_index_and_guesses(metric, queries, cpu_implementation, mesh, rng):
+    """An index of each device's points, kept between calls, and guesses among the points of all."""
+    split = QUERIES[queries]
+    in_specs = specs(split, metric)
+    x = helpers.cloud(rng, metric, 16, P, F)
+    options = {"implementation": cpu_implementation}
+    want = helpers.oracle(metric, x, K)
+    guesses = np.where(rng.random((16, K)) < 0.5, want[3], rng.integers(-9, P + 9, (16, K)))
+
+    def build(q, p, f, *parameters):
+        return jka.build_index(p, *(parameters if metric == "aniso" else ()), **options)
+
+    def op(warm, index, *x):
+        return helpers.aggregate(metric, x, K, warm_idxs=warm, index=index, points_axis="p", **options)
+
+    x_placed = placed(mesh, x, in_specs)
+    index = helpers.quick_jit(over(mesh, build, in_specs, S("p")))(*x_placed)
+    (warm,) = placed(mesh, (guesses,), (split,))
+    for given in ((warm, None), (None, index), (warm, index)):
+        out = helpers.quick_jit(over(mesh, op, (split, S("p"), *in_specs), split))(*given, *x_placed)
+        np.testing.assert_array_equal(out.idxs, want[3])
+        helpers.assert_trees_close(tuple(out)[:3], want[:3], 1e-12)
+
+
+def test_index_and_guesses_alone_under_vmap(mesh, rng):
+    x = helpers.cloud(rng, "iso", 16, P, F)
+    in_specs = specs(S("q"), "iso")
+    want = helpers.oracle_search("iso", x, K)
+
+    def op(q, p, *_):
+        indexes = jax.tree.map(lambda a: jnp.stack([a, a]), jka.build_index(p))
+        guesses = jnp.zeros((3, q.shape[0], 2), int)
+
+        def search(**options):
+            return jka.knn_search(q, p, K, points_axis="p", implementation="xla", **options).idxs
+
+        return (
+            jax.vmap(lambda w: search(warm_idxs=w))(guesses),
+            jax.vmap(lambda i: search(index=i))(indexes),
+        )
+
+    got = jax.jit(over(mesh, op, in_specs, S(None, "q")))(*placed(mesh, x, in_specs))
+    for idxs, n in zip(got, (3, 2), strict=True):
+        np.testing.assert_array_equal(idxs, np.stack([want] * n))
+
+
+def test_own_queries_with_common_indices(cpu_implementation, mesh, rng):
+    """Indices that are the same on all devices of the axis, as constants are, for queries that are not."""
+    x = helpers.cloud(rng, "aniso", 16, P, F)
+    in_specs = specs(S(("q", "p")))
+    part = 16 // mesh.size
+    idxs = rng.integers(-1, P, (part, K))
+    options = {"implementation": cpu_implementation, "points_axis": "p"}
+
+    def both(*x):
+        return (
+            jka.knn_aggregate_aniso_precomputed(*x, idxs, **options),
+            jka.knn_aggregate_aniso(*x, K, warm_idxs=idxs, **options),
+        )
+
+    given, searched = jax.jit(over(mesh, both, in_specs, in_specs[0]))(*placed(mesh, x, in_specs))
+    tiled = np.tile(idxs, (mesh.size, 1))
+    np.testing.assert_array_equal(given.idxs, tiled)
+    helpers.assert_trees_close(tuple(given)[:3], helpers.oracle_values("aniso", helpers.wide(x), tiled), 1e-12)
+    want = helpers.oracle("aniso", x, K)
+    np.testing.assert_array_equal(searched.idxs, want[3])
+    helpers.assert_trees_close(tuple(searched)[:3], want[:3], 1e-12)
+
+
+def test_common_queries_with_own_indices_raise(mesh, rng):
+    x = helpers.cloud(rng, "aniso", 8, P, F)
+    in_specs = (S(("q", "p")), *specs(S("q")))
+    args = placed(mesh, (np.zeros((8 * N, K), int), *x), in_specs)
+
+    def given(idxs, *x):
+        return jka.knn_aggregate_aniso_precomputed(*x, idxs, points_axis="p")
+
+    def guessed(idxs, *x):
+        return jka.knn_aggregate_aniso(*x, K, warm_idxs=idxs, points_axis="p")
+
+    for name, op in {"knn_idxs": given, "warm_idxs": guessed}.items():
+        with pytest.raises(ValueError, match=rf"{name} varies over points_axis 'p', but q does not.*Split both"):
+            over(mesh, op, in_specs, S("q"))(*args)
 
 
 def test_half_precision_features(mesh, rng):

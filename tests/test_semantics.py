@@ -143,6 +143,9 @@ def test_lengths(metric, implementation, rng):
     for b in range(6):
         one = helpers.aggregate(metric, [a[b] for a in x], K, p_lengths=int(lengths[b]), implementation=implementation)
         np.testing.assert_array_equal(one.idxs, got.idxs[b])
+    for length, b in ((-(2**70), 0), (2**70, 5)):  # of any size
+        one = helpers.aggregate(metric, [a[b] for a in x], K, p_lengths=length, implementation=implementation)
+        np.testing.assert_array_equal(one.idxs, got.idxs[b])
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
@@ -427,6 +430,9 @@ def test_empty_other_entry_points(batch, Q, implementation, rng):
     out = jka.knn_aggregate_aniso_precomputed(*x, np.zeros((*batch, Q, 0), np.int32), implementation=implementation)
     assert out.w_out.shape == (*batch, Q, 0)
     np.testing.assert_array_equal(out.f_out, 0)
+    y = (*x[:3], x[3][..., :1])
+    out = jka.knn_aggregate_precomputed(*y, np.zeros((*batch, Q, 3), np.int32), implementation=implementation)
+    assert out.f_out.shape == (*batch, Q, 2)
     table = jka.build_knn_table(x[1], 3, implementation=implementation)
     assert table.shape == (*batch, 5, 3)
     out = jka.knn_aggregate_aniso_lookup(*x, table, 2, implementation=implementation)

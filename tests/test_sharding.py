@@ -117,6 +117,7 @@ def test_values_of_every_entry_point(check_vma, cpu_implementation, mesh, rng):
             jka.knn_aggregate_aniso_precomputed(q, *rest, idxs, **options),
             jka.knn_aggregate_aniso_lookup(q, *rest, table, K, **options),
             jka.knn_aggregate(q, p, f, sigma[:, :1], K, **options),
+            jka.knn_aggregate_precomputed(q, p, f, sigma[:, :1], idxs, **options),
             jka.knn_search(q, p, K, p_lengths=length, **options),
         )
 
@@ -251,6 +252,7 @@ def test_jit_every_entry_point(cpu_implementation, grid, rng):
             jka.knn_aggregate_aniso_precomputed(q, p, f, sigma, R, idxs, **options),
             jka.knn_aggregate_aniso_lookup(q, p, f, sigma, R, table, K, **options),
             jka.knn_aggregate(q, p, f, sigma[:, :1], K, **options),
+            jka.knn_aggregate_precomputed(q, p, f, sigma[:, :1], idxs, **options),
             jka.knn_search(q, p, K, p_lengths=length, **options),
             jka.knn_search_aniso(q, p, sigma, R, K, **options),
         )
@@ -266,6 +268,36 @@ def test_jit_every_entry_point(cpu_implementation, grid, rng):
     tables = jax.jit(lambda p: jka.build_knn_table(p, K, **options))  # of points split as the queries that they are
     (q,) = helpers.place(grid, x[:1], [S("a") if KINDS[0] in grid.axis_types else S()])
     np.testing.assert_array_equal(tables(q), tables(helpers.on_cpu(x[0])))
+
+
+@pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.parametrize("layout", ["queries", "scenes and queries"])
+def test_jit_index_and_guesses(layout, metric, cpu_implementation, grid, rng):
+    """Guesses split as the queries, an index as the scenes; no collective, and results stay split."""
+    specs, batch = LAYOUTS[layout]
+    specs = specs[: len(helpers.ARGUMENTS[metric])]
+    options = {"implementation": cpu_implementation}
+    x = helpers.cloud(rng, metric, Q, P, F, batch=batch)
+    want = helpers.oracle(metric, x, K)
+    guesses = np.where(rng.random(want[3].shape) < 0.5, want[3], rng.integers(-9, P + 9, want[3].shape))
+
+    def build(p, *parameters):
+        return jka.build_index(p, *(parameters if metric == "aniso" else ()), **options)
+
+    def op(warm, index, *x):
+        return helpers.aggregate(metric, x, K, warm_idxs=warm, index=index, **options)
+
+    placed = helpers.place(grid, x, specs)
+    index = helpers.quick_jit(build)(placed[1], *placed[3:])
+    (warm,) = helpers.place(grid, (guesses,), specs[:1])
+    compiled = helpers.quick_jit(op)
+    for given in ((warm, None), (None, index), (warm, index)):
+        assert not helpers.collectives(compiled, *given, *placed)
+        got = compiled(*given, *placed)
+        np.testing.assert_array_equal(got.idxs, want[3])
+        helpers.assert_trees_close(tuple(got)[:3], want[:3], 1e-12)
+        for a in got:
+            assert a.sharding.is_equivalent_to(NamedSharding(grid, specs[0]), a.ndim)
 
 
 def test_replicated_operands_join_split_ones(grid, rng):

@@ -211,6 +211,8 @@ def test_integer_arguments(implementation, rng):
     looked_up = jax.vmap(lambda t: jka.knn_aggregate_aniso_lookup(*x, t, K, **options), in_axes=-1)(tables)
     idxs = jnp.asarray(rng.integers(-1, P, (Q, N, K)))
     given = jax.vmap(lambda i: jka.knn_aggregate_aniso_precomputed(*x, i, **options), in_axes=1)(idxs)
+    y = (*x[:3], x[3][:, :1])
+    given_iso = jax.vmap(lambda i: jka.knn_aggregate_precomputed(*y, i, **options), in_axes=1)(idxs)
     searched = jax.vmap(lambda n: jka.knn_search(x[0], x[1], K, p_lengths=n, **options))(lengths)
     table = jax.vmap(lambda p: jka.build_knn_table(p, K, **options))(jnp.stack([x[1], -x[1]]))
     np.testing.assert_array_equal(table[0], table[1])
@@ -219,11 +221,36 @@ def test_integer_arguments(implementation, rng):
             (got, jka.knn_aggregate_aniso(*x, K, p_lengths=lengths[i], **options)),
             (looked_up, jka.knn_aggregate_aniso_lookup(*x, tables[..., i], K, **options)),
             (given, jka.knn_aggregate_aniso_precomputed(*x, idxs[:, i], **options)),
+            (given_iso, jka.knn_aggregate_precomputed(*y, idxs[:, i], **options)),
             (searched, jka.knn_search(x[0], x[1], K, p_lengths=lengths[i], **options)),
         ]
         for batched, want in wants:
             np.testing.assert_array_equal(batched.idxs[i], want.idxs)
             helpers.assert_trees_close(jax.tree.map(lambda a, i=i: a[i], batched), want, 1e-12)
+
+
+def test_what_never_changes_the_result(implementation, rng):
+    """Guesses and indexes may be mapped where nothing else is: the result repeats along the mapped axis."""
+    x = helpers.cloud(rng, "aniso", Q, P, F)
+    want = helpers.oracle("aniso", x, K)
+    guesses = rng.integers(-1, P, (Q, N, 2))
+    index = jka.build_index(x[1], x[3], x[4], implementation=implementation)
+    indexes = jax.tree.map(lambda a: jnp.stack([a] * N), index)
+
+    def op(warm, index):
+        return jka.knn_aggregate_aniso(*x, K, warm_idxs=warm, index=index, implementation=implementation)
+
+    calls = {
+        "guesses": jax.vmap(lambda w: op(w, None), in_axes=1)(guesses),
+        "indexes": jax.vmap(lambda i: op(None, i))(indexes),
+        "both, nested": jax.vmap(lambda w: jax.vmap(lambda i: op(w, i))(indexes), in_axes=1)(guesses),
+    }
+    for name, got in calls.items():
+        lead = got.idxs.shape[:-2]
+        assert lead == ((N, N) if "nested" in name else (N,)), f"{name}: {got.idxs.shape}"
+        np.testing.assert_array_equal(got.idxs, np.broadcast_to(want[3], (*lead, Q, K)), err_msg=name)
+        wide = tuple(np.broadcast_to(a, (*lead, *a.shape)) for a in want[:3])
+        helpers.assert_trees_close(tuple(got)[:3], wide, 1e-12, f"{name}: ")
 
 
 # ---- Nothing is copied

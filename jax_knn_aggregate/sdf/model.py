@@ -11,6 +11,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from .. import knn_aggregate_aniso
+from .._checks import Implementation
 
 
 def farthest_points(points: np.ndarray, count: int) -> np.ndarray:
@@ -86,7 +87,7 @@ class SignedDistance(eqx.Module):
     space: Coarse  # the distance where no point reaches
     spacing: float = eqx.field(static=True)
     neighbours: int = eqx.field(static=True)
-    implementation: str | None = eqx.field(static=True)
+    implementation: Implementation = eqx.field(static=True)
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class SignedDistance(eqx.Module):
         neighbours: int,
         width: int,
         depth: int,
-        implementation: str | None,
+        implementation: Implementation,
         key: jax.Array,
     ):
         """Starts at oriented points (P,3), (P,3), where the distance is already that to the blended tangent planes."""

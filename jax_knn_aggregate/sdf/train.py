@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from scipy.spatial import cKDTree
 
+from .._checks import Implementation
 from .model import Coarse, SignedDistance, farthest_points, value_and_gradient
 from .scan import Scan
 
@@ -40,7 +41,7 @@ class Config:
     samples: int = 100_000
     learning_rate: float = 1e-2
     seed: int = 0
-    implementation: str | None = None
+    implementation: Implementation = None
     surface_weight: float = 30.0
     normal_weight: float = 1.0
     free_weight: float = 10.0
