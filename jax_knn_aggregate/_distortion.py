@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import checkify
 
-from . import _checks, _ffi
+from . import _checks, _ffi, _sharding
 from ._batch import MAX_BATCH_AXES, Shape, fit, merged, over_batch
 from ._family import Family, Operands, Sparse
 from ._ffi import bits, present
@@ -28,18 +28,20 @@ from ._primitive import bind, make_primitive
 Struct = jax.ShapeDtypeStruct
 Results = tuple[Struct | None, ...]
 
-_REDUCTIONS = ("mean", "sum", "none")
+Array = jax.Array | np.ndarray
+Reduction = Literal["mean", "sum", "none"]
+Implementation = Literal["xla", "ffi"] | None
 
 
 def distortion_loss(
-    w: Any,
-    m: Any,
-    interval: Any,
+    w: Array,
+    m: Array,
+    interval: Array | float,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     sort: bool = False,
     check: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """The distortion loss of rays of N samples each, which pulls a ray's weights together.
 
@@ -50,10 +52,11 @@ def distortion_loss(
     Args:
       w: (..., N) weights of samples, float32 or float64; bfloat16 and float16 are computed in float32.
       m: (..., N) positions of samples along their ray, such as midpoints of intervals, ascending; in units of length.
-      interval: (..., N) widths of the samples' intervals, or a scalar; in units of length.
+      interval: (..., N) widths of the samples' intervals, or a scalar; in units of length. A Python scalar takes the
+        dtype of w, also where it has become a tracer.
       reduction: "mean" or "sum" over all rays, or "none".
       sort: whether to sort each ray's samples by m first. Without, m that does not ascend gives a wrong loss.
-      check: whether to check that m ascends (and is not NaN), with ``checkify.check``: at once outside ``jit``; inside,
+      check: whether to check that m ascends and is not NaN, with ``checkify.check``: at once outside ``jit``; inside,
         transform the jitted function with ``jax.experimental.checkify.checkify``.
       implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
         NotImplementedError where the platform has no kernel.
@@ -65,26 +68,26 @@ def distortion_loss(
       ValueError: for shapes or reduction out of range. TypeError: for dtypes.
     """
     _checks.implementation(implementation)
-    x = _arrays(w, m, interval, flat=False)
+    w, m, interval = _arrays(w, m, interval, flat=False)
     if sort:
-        m, w, interval = lax.sort(_by_position(x), dimension=-1, num_keys=1)
-        x = w, m, interval
+        m, w, interval = lax.sort(_by_position("distortion_loss", w, m, interval), dimension=-1, num_keys=1)
     if check:
-        _check(x[1][..., 1:] >= x[1][..., :-1], "distortion_loss: m must ascend along its last axis")
-    return _reduced(_DENSE(*x, implementation=implementation)[0], reduction)
+        _check(~jnp.isnan(m), "distortion_loss: m must not be NaN")
+        _check(m[..., 1:] >= m[..., :-1], "distortion_loss: m must ascend along its last axis; pass sort=True")
+    return _reduced(_DENSE(w, m, interval, implementation=implementation)[0], reduction)
 
 
 def flatten_distortion_loss(
-    w: Any,
-    m: Any,
-    interval: Any,
-    ray_id: Any,
+    w: Array,
+    m: Array,
+    interval: Array | float,
+    ray_id: Array,
     n_rays: int,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     sort: bool = False,
     check: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """As ``distortion_loss``, for rays of any lengths whose samples lie one after another in flat arrays.
 
@@ -92,11 +95,12 @@ def flatten_distortion_loss(
       w, m: (N,) weights and positions, N < 2³¹; m ascending within each ray.
       interval: (N,) or a scalar.
       ray_id: (N,) integers of any dtype that do not decrease: the ray of each sample. Samples whose ray_id is outside
-        [0, n_rays) count nowhere, so arrays may be padded at the end. If ray_id decreases somewhere, some samples are
-        counted to wrong rays; ``sort`` mends and ``check`` finds that.
+        [0, n_rays) count nowhere, so arrays may be padded: with n_rays at the end, −1 in front. If ray_id decreases
+        somewhere (as to −1 at the end), samples are counted to wrong rays; ``sort`` mends and ``check`` finds that.
       n_rays: the number of rays, a Python integer. Rays without samples have loss 0, and count in the mean.
       sort: whether to sort samples by (ray_id, m) first.
-      check: whether to check that ray_id does not decrease and m ascends within rays, as in ``distortion_loss``.
+      check: whether to check that ray_id does not decrease, and that m ascends within rays and is not NaN there, as in
+        ``distortion_loss``.
       The others as in ``distortion_loss``.
 
     Returns:
@@ -106,18 +110,19 @@ def flatten_distortion_loss(
       ValueError: for shapes, n_rays or reduction out of range. TypeError: for dtypes.
     """
     _checks.implementation(implementation)
-    x = _arrays(w, m, interval, flat=True)
+    w, m, interval = _arrays(w, m, interval, flat=True)
     n_rays = _ray_count(n_rays)
-    ids = _ray_ids(ray_id, x[0].shape[0], n_rays)
+    ids = _ray_ids(ray_id, w.shape[0], n_rays)
     if sort:
-        ids, m, w, interval = lax.sort((ids, *_by_position(x)), num_keys=2)
-        x = w, m, interval
+        ids, m, w, interval = lax.sort((ids, *_by_position("flatten_distortion_loss", w, m, interval)), num_keys=2)
     if check:
-        _check(ids[1:] >= ids[:-1], "flatten_distortion_loss: ray_id must not decrease")
-        ascends = (x[1][1:] >= x[1][:-1]) | (ids[1:] != ids[:-1])
-        _check(ascends, "flatten_distortion_loss: m must ascend within each ray")
+        name, outside = "flatten_distortion_loss", (ids < 0) | (ids >= n_rays)
+        _check(ids[1:] >= ids[:-1], f"{name}: ray_id must not decrease; pass sort=True")
+        _check(outside | ~jnp.isnan(m), f"{name}: m must not be NaN")
+        apart = outside[1:] | (ids[1:] != ids[:-1])
+        _check(apart | (m[1:] >= m[:-1]), f"{name}: m must ascend within each ray; pass sort=True")
     (offsets,) = bind(_RAY_OFFSETS, ids, n_rays=n_rays, implementation=implementation)
-    return _reduced(_FLAT(*x, offsets, implementation=implementation)[0], reduction)
+    return _reduced(_FLAT(w, m, interval, offsets, implementation=implementation)[0], reduction)
 
 
 #: The names that these had in torch_efficient_distloss. There, only ``eff_distloss_native`` had gradients in m and
@@ -131,22 +136,13 @@ flatten_eff_distloss = flatten_distortion_loss
 
 def _arrays(w: Any, m: Any, interval: Any, *, flat: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The three float arguments in one dtype; a scalar interval with an axis of size 1 for each axis of w."""
-    w, m = _checks.as_array("w", w), _checks.as_array("m", m)
-    if isinstance(interval, int | float | np.generic) and not isinstance(interval, bool | np.bool_):
-        interval = jnp.asarray(interval, w.dtype)
-    interval = _checks.as_array("interval", interval)
-    named = {"w": w, "m": m, "interval": interval}
-    for name, a in named.items():
-        if not jnp.issubdtype(a.dtype, jnp.floating) or a.dtype.itemsize > 8 or a.dtype.itemsize < 2:
+    w, m = _floats("w", w), _floats("m", m)
+    interval = _floats("interval", jnp.asarray(interval, w.dtype) if _is_weak(interval) else interval)
+    for name, a in (("m", m), ("interval", interval)):
+        if a.dtype != w.dtype:
             raise TypeError(
-                f"{name} has dtype {a.dtype}, expected float32 or float64, bfloat16 or float16. Convert it with astype."
-            )
-    named = {name: a.astype(jnp.float32) if a.dtype.itemsize == 2 else a for name, a in named.items()}
-    for name, a in named.items():
-        if a.dtype != named["w"].dtype:
-            raise TypeError(
-                f"{name} has dtype {a.dtype}, expected {named['w'].dtype} like w (bfloat16 and float16 count as "
-                "float32). Convert one of them with astype."
+                f"{name} has dtype {a.dtype}, expected {w.dtype} like w (bfloat16 and float16 count as float32). "
+                "Convert one of them with astype."
             )
     expected = "(N,)" if flat else "(..., N)"
     if w.ndim < 1 or (flat and w.ndim != 1):
@@ -157,8 +153,26 @@ def _arrays(w: Any, m: Any, interval: Any, *, flat: bool) -> tuple[jax.Array, ja
         raise ValueError(f"interval has shape {interval.shape}, expected a scalar or {w.shape} like w.")
     if w.shape[-1] >= 2**31:
         raise ValueError(f"w has N = {w.shape[-1]} samples, expected fewer than 2**31. Split it.")
-    w, m, interval = named.values()
     return w, m, interval.reshape((1,) * w.ndim) if interval.ndim == 0 else interval
+
+
+def _floats(name: str, a: Any) -> jax.Array:
+    """In the dtype that is computed in."""
+    a = _checks.as_array(name, a)
+    if not jnp.issubdtype(a.dtype, jnp.floating) or a.dtype.itemsize > 8 or a.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} has dtype {a.dtype}, expected float32 or float64, bfloat16 or float16. Convert it with astype."
+        )
+    return a.astype(jnp.float32) if a.dtype.itemsize == 2 else a
+
+
+def _is_weak(a: Any) -> bool:
+    """Whether a is real numbers that take the dtype of what they meet: JAX's weak types, and all scalars of NumPy."""
+    if isinstance(a, jax.Array):
+        weak = jax.typeof(a).weak_type
+    else:
+        weak = isinstance(a, int | float | np.generic | np.ndarray) and np.ndim(a) == 0
+    return weak and jnp.isdtype(jnp.result_type(a), ("integral", "real floating"))
 
 
 def _ray_count(n_rays: Any) -> int:
@@ -190,19 +204,20 @@ def _ray_ids(ray_id: Any, N: int, n_rays: int) -> jax.Array:
     return jnp.asarray(xp.where(inside, narrow, outside))
 
 
-def _by_position(x: Operands) -> Operands:
-    """(m, w, interval), all of one shape, as a sort by m takes them."""
-    w, m, interval = x
-    return m, w, jnp.broadcast_to(interval, w.shape)
+def _by_position(name: str, w: jax.Array, m: jax.Array, interval: jax.Array) -> list[jax.Array]:
+    """[m, w, interval], all of one shape and split alike, as a sort by m takes them."""
+    x = [m, w, jnp.broadcast_to(interval, w.shape)]
+    axes = (*(f"b{i}" for i in range(w.ndim - 1)), None)
+    return _sharding.agree(name, x, [axes] * 3) if _sharding.typed([jax.typeof(a) for a in x]) else x
 
 
 def _check(ok: jax.Array, message: str) -> None:
-    checkify.check(ok.all(), message + "; pass sort=True, or sort the samples")
+    checkify.check(ok.all(), message)
 
 
 def _reduced(losses: jax.Array, reduction: str) -> jax.Array:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(map(repr, _REDUCTIONS))}.")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(map(repr, get_args(Reduction)))}.")
     if reduction == "none":
         return losses
     return losses.sum() / max(1, losses.size) if reduction == "mean" else losses.sum()

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import platform
-import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import Literal
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from . import __version__, _ffi, distortion_loss, flatten_distortion_loss, knn_aggregate, knn_aggregate_aniso
+
+Arrays = tuple[jax.Array, ...]
+TOLERANCE = 1e-4
 
 
 def main() -> int:
     """Prints the report; returns 0, or 1 where a self-check fails."""
-    try:
-        import jax_knn_aggregate as jka
-
-        from . import _ffi
-    except ImportError as error:
-        print(f"jax_knn_aggregate cannot be imported: {error}", file=sys.stderr)
-        return 1
-    print(f"jax_knn_aggregate {jka.__version__}   jax {jax.__version__}   jaxlib {metadata.version('jaxlib')}")
+    print(f"jax_knn_aggregate {__version__}   jax {jax.__version__}   jaxlib {metadata.version('jaxlib')}")
     print(f"python {platform.python_version()}   {platform.platform()}")
     for key, value in _ffi.build_info().items():
         print(f"built with: {key.replace('_', ' ')} {value}")
@@ -29,10 +28,11 @@ def main() -> int:
         print(f"kernels registered for {name}: {', '.join(targets) if targets else 'none'}")
     ok = True
     for device in _devices():
-        off = _self_check(device)
-        ok &= off < 1e-4
-        kernels = "kernels" if _ffi.available("aniso_value", _platform(device)) else "pure JAX"
-        print(f"{device}: {kernels}, Eikonal gradient off by {off:.1e}: {'ok' if off < 1e-4 else 'WRONG'}")
+        for name, target, fn, x in _families():
+            kernels = "kernels" if _ffi.available(target, _platform(device)) else "pure JAX"
+            off = _self_check(fn, jax.device_put(x, device))
+            ok &= off < TOLERANCE
+            print(f"{device}: {name}: {kernels}, gradients off by {off:.1e}: {'ok' if off < TOLERANCE else 'WRONG'}")
     return 0 if ok else 1
 
 
@@ -47,28 +47,48 @@ def _platform(device: jax.Device) -> str:
     return {"gpu": "cuda"}.get(device.platform, device.platform)
 
 
-def _self_check(device: jax.Device) -> float:
-    """The relative error of an Eikonal step's gradient against the pure-JAX reference on the same device."""
-    import jax.numpy as jnp
-
-    import jax_knn_aggregate as jka
-
+def _families() -> Iterator[tuple[str, str, Callable[..., jax.Array], tuple[np.ndarray, ...]]]:
+    """Name, one target, function and arguments of each family."""
     rng = np.random.default_rng(0)
-    shapes = ((300, 3), (200, 3), (200, 16), (200, 3), (200, 3, 3))
-    x = jax.device_put(tuple(rng.random(s).astype(np.float32) for s in shapes), device)
 
-    def step(implementation: Literal[None, "xla"]) -> tuple[jax.Array, ...]:
-        def loss(x: tuple[jax.Array, ...]) -> jax.Array:
-            def sdf(q: jax.Array) -> jax.Array:
-                _, p, f, sigma, R = x
-                return jka.knn_aggregate_aniso(q, p, f, sigma, R, 8, implementation=implementation).f_out.sum()
+    def arrays(*shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+        return tuple(rng.random(s).astype(np.float32) for s in shapes)
 
-            return jnp.square(jnp.linalg.norm(jax.grad(sdf)(x[0]), axis=-1) - 1).mean()
+    def aniso(q: Any, p: Any, f: Any, sigma: Any, R: Any, **options: Any) -> jax.Array:
+        return knn_aggregate_aniso(q, p, f, sigma, R, 8, **options).f_out
+
+    def iso(q: Any, p: Any, f: Any, sigma: Any, **options: Any) -> jax.Array:
+        return knn_aggregate(q, p, f, sigma, 8, **options).f_out
+
+    def equal(w: Any, m: Any, interval: Any, **options: Any) -> jax.Array:
+        return distortion_loss(w, m, interval, sort=True, **options)
+
+    def flattened(w: Any, m: Any, interval: Any, **options: Any) -> jax.Array:
+        return flatten_distortion_loss(w, m, interval, ids, 40, sort=True, **options)
+
+    ids = np.sort(rng.integers(0, 40, 800))
+    points = (300, 3), (200, 3), (200, 16)
+    yield "knn_aggregate_aniso", "aniso_value", aniso, arrays(*points, (200, 3), (200, 3, 3))
+    yield "knn_aggregate", "iso_value", iso, arrays(*points, (200, 1))
+    yield "distortion_loss", "distortion", equal, arrays(*[(20, 40)] * 3)
+    yield "flatten_distortion_loss", "flat_distortion", flattened, arrays(*[(800,)] * 3)
+
+
+def _self_check(fn: Callable[..., jax.Array], x: Arrays) -> float:
+    """The largest relative error of gradients of first and second order against the pure-JAX reference."""
+
+    def step(implementation: str | None) -> Arrays:
+        def loss(x: Arrays) -> jax.Array:
+            def value(first: jax.Array) -> jax.Array:
+                return jnp.square(fn(first, *x[1:], implementation=implementation)).sum()
+
+            y, gradient = jax.value_and_grad(value)(x[0])
+            return y + jnp.square(gradient).sum()
 
         return jax.jit(jax.grad(loss))(x)
 
-    def flat(arrays: tuple[jax.Array, ...]) -> np.ndarray:
-        return np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays])
+    def error(got: jax.Array, want: jax.Array) -> float:
+        g, w = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        return float(np.linalg.norm(g - w) / np.linalg.norm(w))
 
-    ours, reference = flat(step(None)), flat(step("xla"))
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+    return max(map(error, step(None), step("xla")))

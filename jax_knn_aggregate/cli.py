@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
@@ -12,11 +12,14 @@ from . import __version__
 PROGRAM = "jax-knn-aggregate"
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        return number
+
+    return integer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,12 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("scan", nargs="?", type=Path, metavar="SCAN", help="mesh or oriented points: .ply .obj .off .xyz")
     fit.add_argument("--shape", choices=("links", "torus", "plate"), default="links", help="fitted without SCAN")
     fit.add_argument("--out", type=Path, default=Path("sdf"), metavar="DIR", help="where the results go")
-    fit.add_argument("--steps", type=_positive, default=1200, metavar="N", help="training steps")
-    fit.add_argument("--points", type=_positive, default=4000, metavar="P", help="feature points")
-    fit.add_argument("--neighbours", type=_positive, default=12, metavar="K", help="feature points a query meets")
-    fit.add_argument("--batch", type=_positive, default=1024, metavar="Q", help="surface queries a step; as many off")
-    fit.add_argument("--cells", type=_positive, default=192, metavar="N", help="grid cells along the longest side")
-    fit.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    fit.add_argument("--steps", type=_at_least(1), default=1200, metavar="N", help="training steps")
+    # Lengths are in units of the distance from one feature point to the next, and half a batch lies in free space.
+    fit.add_argument("--points", type=_at_least(2), default=4000, metavar="P", help="feature points")
+    fit.add_argument("--neighbours", type=_at_least(1), default=12, metavar="K", help="feature points a query meets")
+    fit.add_argument(
+        "--batch", type=_at_least(2), default=1024, metavar="Q", help="surface queries a step; as many off"
+    )
+    fit.add_argument("--cells", type=_at_least(1), default=192, metavar="N", help="grid cells along the longest side")
+    fit.add_argument("--seed", type=_at_least(0), default=0, help="everything random follows from it")
     fit.add_argument("--up", choices=("x", "y", "z"), default="y", help="the axis that is up in the picture")
     fit.add_argument("--implementation", choices=("ffi", "xla"), help="of the op; the fastest there is when not given")
     commands.add_parser("doctor", help="check the installation")

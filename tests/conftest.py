@@ -24,11 +24,6 @@ from helpers import PLATFORM, REQUIRED  # noqa: E402
 
 from jax_knn_aggregate import _ffi  # noqa: E402
 
-# Each exception bears the date it was made and its reason.
-_WARNINGS = [
-    "error",
-]
-
 
 def _implementations(platform: str) -> list[str]:
     # "ffi", not None: it raises where a kernel is missing, so that a test of the kernels tests no reference.
@@ -63,7 +58,7 @@ def _ours(path) -> bool:
 def pytest_collection_modifyitems(items):
     for item in items:
         if _ours(item.path):
-            item.add_marker(pytest.mark.filterwarnings(*_WARNINGS))
+            item.add_marker(pytest.mark.filterwarnings("error"))
 
 
 def pytest_generate_tests(metafunc):

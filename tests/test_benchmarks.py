@@ -15,6 +15,7 @@ def _run(*command):
 
 def test_tables_are_up_to_date():
     _run("benchmarks.table", "--check")
+    _run("benchmarks.scaling", "--check")
 
 
 def test_plots_draw_what_there_is(tmp_path):

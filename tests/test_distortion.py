@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 
 import jax_knn_aggregate as jka
@@ -243,6 +243,27 @@ def test_reductions_and_names(implementation, rng):
         np.testing.assert_allclose(jka.flatten_distortion_loss(*flattened, some, 10), each[:-1].sum() / 10)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_numbers_take_the_dtype_of_w(x64, rng):
+    """Also where they have become tracers, which have dtypes of their own."""
+    w, m, _ = (np.abs(a).astype(np.float32) for a in dense(rng, 3, 5))
+    ids = np.zeros(5, np.int32)
+    with jax.enable_x64(x64):
+        weakly_typed = 4 / 128, 1, jnp.asarray(0.25), jnp.full(w.shape, 0.25)
+        for interval in (*weakly_typed, np.float64(0.25), np.array(0.25), np.array(2)):
+            jits = (lambda f: f, jax.jit) if any(interval is a for a in weakly_typed) else (lambda f: f,)
+            for jit in jits:
+                got = jit(jka.distortion_loss)(w, m, interval)
+                assert got.dtype == jnp.float32
+                np.testing.assert_allclose(got, numpy_losses(w, m, interval).mean(), rtol=1e-5)
+        for jit in (lambda f: f, jax.jit):
+            value, bar = jit(jax.value_and_grad(jka.distortion_loss, 2))(w, m, 0.1)
+            np.testing.assert_allclose(value, numpy_losses(w, m, 0.1).mean(), rtol=1e-5)
+            np.testing.assert_allclose(bar, np.square(w, dtype=float).sum() / 9, rtol=1e-5)
+            flattened = jit(lambda w, m, i: jka.flatten_distortion_loss(w, m, i, ids, 1))(w[0], m[0], 0.1)
+            np.testing.assert_allclose(flattened, numpy_losses(w[0], m[0], 0.1), rtol=1e-5)
+
+
 def test_sort_and_check(implementation, rng):
     options = {"implementation": implementation, "reduction": "none"}
     w, m, interval = helpers.tree(dense(rng, 3, 9))
@@ -260,13 +281,21 @@ def test_sort_and_check(implementation, rng):
 
     jka.distortion_loss(w, m, interval, check=True, **options)
     jka.flatten_distortion_loss(w.ravel(), m.ravel(), 0.1, ids, 3, check=True, **options)  # m falls between rays
-    for bad in (shuffled, m.at[1, 4].set(jnp.nan)):
-        with pytest.raises(Exception, match="m must ascend"):
-            jka.distortion_loss(w, bad, interval, check=True, **options)
+    with pytest.raises(Exception, match="m must ascend"):
+        jka.distortion_loss(w, shuffled, interval, check=True, **options)
+    for bad in (m.at[1, 4].set(jnp.nan), m[:, :1].at[1].set(jnp.nan)):  # a ray of one sample has nothing to ascend to
+        with pytest.raises(Exception, match="m must not be NaN"):
+            jka.distortion_loss(w[:, : bad.shape[1]], bad, 0.1, check=True, **options)
     with pytest.raises(Exception, match="m must ascend within"):
         jka.flatten_distortion_loss(w.ravel(), shuffled.ravel(), 0.1, ids, 3, check=True, **options)
     with pytest.raises(Exception, match="ray_id must not decrease"):
         jka.flatten_distortion_loss(w.ravel(), m.ravel(), 0.1, ids[::-1], 3, check=True, **options)
+    padded, at_the_end = jnp.array([0.0, 1.0, jnp.nan, jnp.nan, 0.5]), np.array([0, 1, 2, 2, 2])
+    jka.flatten_distortion_loss(w[0, :5], padded, 0.1, at_the_end, 2, check=True, **options)
+    with pytest.raises(Exception, match="m must not be NaN"):
+        jka.flatten_distortion_loss(w[0, :5], padded, 0.1, at_the_end, 3, check=True, **options)
+    with pytest.raises(Exception, match="ray_id must not decrease"):
+        jka.flatten_distortion_loss(w[0, :3], m[0, :3], 0.1, np.array([0, 1, -1]), 2, check=True, **options)
     checked = jax.jit(checkify.checkify(jax.grad(lambda w, m: jka.distortion_loss(w, m, 0.1, check=True))))
     assert checked(w, m)[0].get() is None and "m must ascend" in checked(w, shuffled)[0].get()
 
@@ -341,27 +370,95 @@ def test_shard_map(check_vma, cpu_implementation, cpu_devices, rng):
     helpers.assert_trees_close(got, want, 1e-11)
 
 
+@pytest.fixture(params=(AxisType.Auto, AxisType.Explicit), ids=lambda kind: kind.name)
+def grid(request, eight_cpu_devices):
+    jax.config.update("jax_enable_x64", True)  # XLA asks for the program of one shard in a thread of its own
+    yield jax.make_mesh((4, 2), ("a", "b"), axis_types=(request.param,) * 2, devices=eight_cpu_devices)
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_jit_of_split_rays(cpu_implementation, grid, rng):
+    """Nothing moves before the mean, and gradients stay where their samples are; only numbers are summed."""
+    B, N, rays = 16, 5, S("a", "b")
+    w, m, interval = (a.reshape(8, 2, N) for a in dense(rng, B, N))
+    for x, specs in (((w, m, interval), (rays, rays, rays)), ((w, m, rng.random()), (rays, rays, S()))):
+        placed = helpers.place(grid, x, specs)
+        each = helpers.quick_jit(lambda *x: loss(x, implementation=cpu_implementation))
+        assert not helpers.collectives(each, *placed)
+        got = each(*placed)
+        assert got.sharding.is_equivalent_to(NamedSharding(grid, rays), 2)
+        helpers.assert_close(got, numpy_losses(*x), 1e-12)
+
+        def second(*x):
+            fn = jax.grad(lambda *x: loss(x, reduction="mean", implementation=cpu_implementation), (0, 1, 2))
+            return sum(jnp.sin(B * a).mean() for a in fn(*x))
+
+        for order in (lambda *x: loss(x, reduction="mean", implementation=cpu_implementation), second):
+            step = helpers.quick_jit(jax.value_and_grad(order, (0, 1, 2)))
+            found = helpers.collectives(step, *placed)
+            assert {kind for kind, _ in found} == {"all-reduce"}
+            assert all(np.prod(shape, dtype=int) == 1 for _, shapes in found for shape in shapes)
+            got = step(*placed)
+            helpers.assert_trees_close(got, helpers.oracle_jit(jax.value_and_grad(order, (0, 1, 2)))(*x), 1e-11)
+            for a, spec in zip(got[1], specs, strict=True):
+                assert a.sharding.is_equivalent_to(NamedSharding(grid, spec), a.ndim)
+
+
+def test_sort_of_split_rays(cpu_implementation, grid, rng):
+    """Positions that all devices have, of rays that are split: each device takes those of its own rays."""
+    w, m, _ = dense(rng, 8, 5)
+    m, interval = m[:, ::-1], np.asarray(0.3)
+    fn = jax.value_and_grad(
+        lambda *x: loss(x, sort=True, reduction="sum", implementation=cpu_implementation), (0, 1, 2)
+    )
+    want = helpers.oracle_jit(fn)(w, m, interval)
+    np.testing.assert_allclose(want[0], numpy_losses(w, m, interval).sum())
+    for specs in ((S("a"), S(), S()), (S("a"), S("a"), S()), (S(), S(("a", "b")), S())):
+        got = helpers.quick_jit(fn)(*helpers.place(grid, (w, m, interval), specs))
+        helpers.assert_trees_close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_split_samples(sort, grid, rng):
+    """Every device needs a ray whole: Auto meshes gather, on Explicit ones it is an error."""
+    w, m, interval = dense(rng, 2, 8)
+    ids = np.repeat(np.arange(2, dtype=np.int32), 8)
+    for fn, args, spec in (
+        (lambda *x: loss(x, sort=sort), (w, m, interval), S(None, "a")),
+        (lambda *x: loss(x, ids, 2, sort=sort), (w.ravel(), m.ravel(), interval.ravel()), S("a")),
+    ):
+        placed = helpers.place(grid, args, [spec] * 3)
+        if AxisType.Explicit in grid.axis_types:
+            with pytest.raises(ValueError, match="which every device needs whole"):
+                jax.jit(fn)(*placed)
+        else:
+            helpers.assert_close(jax.jit(fn)(*placed), numpy_losses(w, m, interval), 1e-12)
+
+
 def test_what_runs(kernels, rng):
     """jax.grad to w is one kernel; flat rays need where they begin, once."""
-    x = helpers.tree(dense(rng, 2, 5))
-    flat_x, ids = flat(rng, [2, 3])
+    equal, (flattened, ids) = dense(rng, 2, 5), flat(rng, [2, 3])
 
-    def second(w):
-        return jnp.sin(jax.grad(jka.distortion_loss)(w, *x[1:])).sum()
-
-    cases = [
-        (jax.grad(jka.distortion_loss), x, {"distortion": 1}),
-        (jax.value_and_grad(jka.distortion_loss), x, {"distortion": 2}),
-        (jax.grad(second), x[:1], {"distortion": 2}),
-        (
-            jax.value_and_grad(lambda *x: jka.flatten_distortion_loss(*x, ids, 2)),
-            helpers.tree(flat_x),
-            {"flat_distortion": 2, "ray_offsets": 1},
-        ),
-    ]
-    for fn, args, want in cases:
+    def run(fn, *args):
         text = jax.jit(fn).lower(*args).compile().as_text()
-        assert collections.Counter(re.findall(r'custom_call_target="jax_knn_aggregate\.(\w+)"', text)) == want
+        return collections.Counter(re.findall(r'custom_call_target="jax_knn_aggregate\.(\w+)"', text))
+
+    for args, rays, name, more in (
+        (equal, (), "distortion", {}),
+        (flattened, (ids, 2), "flat_distortion", {"ray_offsets": 1}),
+    ):
+        x = helpers.tree(args)
+
+        def fn(*x, rays=rays):
+            return loss(x, *rays, reduction="mean")
+
+        def second(w, fn=fn, x=x):
+            return jnp.sin(jax.grad(fn)(w, *x[1:])).sum()
+
+        assert run(jax.grad(fn), *x) == {name: 1, **more}
+        assert run(jax.value_and_grad(fn), *x) == {name: 2, **more}
+        assert run(jax.grad(second), x[0]) == {name: 2, **more}
+        assert run(lambda *x, fn=fn: jax.jvp(fn, x, x), *x) == {name: 2, **more}
 
 
 def test_gradients_repeat_bitwise(kernels, rng):

@@ -38,6 +38,7 @@ def steps(metric, implementation=None):
 
     return {
         "value": op,
+        "jvp": lambda *x: jax.jvp(op, x, x),
         "gradient": jax.grad(lambda *x: helpers.total(op(*x)), every),
         "Eikonal": jax.value_and_grad(helpers.eikonal(op), every),
         "Eikonal, ∇_q forward": jax.grad(forward_eikonal, every),
@@ -47,6 +48,7 @@ def steps(metric, implementation=None):
 
 WANTED = {
     "value": {"search": 1, "value": 1},
+    "jvp": {"search": 1, "value": 1, "jvp": 1},
     "gradient": {"search": 1, "value": 1, "vjp": 1},
     "Eikonal": {"search": 1, "value": 1, "vjp": 2, "vjp_vjp": 1},
     "Eikonal, ∇_q forward": {"search": 1, "value": 1, "jvp": 1, "vjp": 1, "vjp_vjp": 1},

@@ -129,11 +129,14 @@ def test_output_that_is_a_file_is_refused_before_training(tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("arguments", (["--steps", "0"], ["--points", "x"], ["--shape", "none"]))
-def test_bad_options_exit_with_2(arguments):
+@pytest.mark.parametrize(
+    "option", ("--steps 0", "--points x", "--points 1", "--batch 1", "--cells 0", "--seed -1", "--shape none")
+)
+def test_bad_options_exit_with_2(option, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *arguments])
+        main(["fit", "--out", str(tmp_path / "out"), *option.split()])
     assert stop.value.code == 2
+    assert option.split()[0] in capsys.readouterr().err
 
 
 def read(tmp_path, name, content, count=500):
