@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import checkify
 
 from . import _checks, _ffi, _sharding
-from ._batch import MAX_BATCH_AXES, Shape, fit, merged, over_batch
+from ._batch import Shape, fit, over_batch, over_merged_batch
 from ._family import Family, Operands, Sparse
 from ._ffi import bits, present
 from ._primitive import bind, make_primitive
@@ -364,16 +364,12 @@ def _offsets_reference(ids: jax.Array, *, n_rays: int) -> list[jax.Array]:
 
 
 def _offsets_kernel(platform: str, *operands: jax.Array, **params: Any) -> list[jax.Array] | None:
-    (ids,) = operands
     if not _ffi.available("ray_offsets", platform):
         return None
-    (batch,), full = merged([ids.shape[:-1]])
-    if len(full) > MAX_BATCH_AXES:
-        return None
-    (out,) = _offsets_outputs(ids, **params)
-    flat_out = Struct((*full, *out.shape[-1:]), out.dtype)
-    (offsets,) = _ffi.call("ray_offsets", [flat_out])(ids.reshape(*batch, *ids.shape[-1:]))
-    return [offsets.reshape(out.shape)]
+    depth, outputs = operands[0].ndim - 1, _offsets_outputs(*operands, **params)
+    return over_merged_batch(
+        lambda operands, results, _: _ffi.call("ray_offsets", results)(*operands), operands, depth, outputs
+    )
 
 
 #: (..., N) ids that do not decrease -> (..., n_rays + 1): ray r has the samples [offsets[r], offsets[r + 1]).

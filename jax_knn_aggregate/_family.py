@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from ._batch import MAX_BATCH_AXES, Shape, batch_shape, fit, merged, over_batch
+from ._batch import Shape, batch_shape, fit, over_batch, over_merged_batch
 from ._primitive import bind, make_primitive
 from ._sharding import left_to_partitioner
 
@@ -440,29 +440,15 @@ class Family:
         self, kernel: Callable[..., list[jax.Array] | None], platform: str, *operands: jax.Array, **p: Any
     ) -> list[jax.Array] | None:
         """Calls ``kernel`` with merged batch axes and sparse groups, and gives its results their shapes back."""
-        ndims = self._ndims(**p)
-        outputs = self._outputs(*operands, **p)
-        depth = operands[0].ndim - ndims[0]
-        batches, full = merged([a.shape[:depth] for a in operands] + [o.shape[:depth] for o in outputs])
-        if len(full) > MAX_BATCH_AXES:
-            return None
-        operands = tuple(
-            a.reshape(b + a.shape[depth:]) for a, b in zip(operands, batches[: len(operands)], strict=True)
-        )
-        results = [
-            jax.ShapeDtypeStruct(b + o.shape[depth:], o.dtype)
-            for o, b in zip(outputs, batches[len(operands) :], strict=True)
-        ]
+        masks = [p[key] for key in _operand_masks(**p)]
         wanted = _wanted(**p)
-        got = kernel(
-            platform,
-            full,
-            *self._groups(operands, *(p[key] for key in _operand_masks(**p))),
-            tuple(results) if wanted is None else _spread(results, wanted),
-        )
-        if got is None:
-            return None
-        return [a.reshape(o.shape) for a, o in zip(got, outputs, strict=True)]
+
+        def call(operands: Sequence[jax.Array], results: Sequence[jax.ShapeDtypeStruct], full: Shape) -> Any:
+            results = tuple(results) if wanted is None else _spread(results, wanted)
+            return kernel(platform, full, *self._groups(operands, *masks), results)
+
+        depth = operands[0].ndim - self.x_ndims[0]
+        return over_merged_batch(call, operands, depth, self._outputs(*operands, **p))
 
 
 _MASKS_OVER_X = ("wrt", "along", "tx", "tv")
