@@ -354,7 +354,7 @@ struct Aggregator {
       V exists = V::Load(block.exists + n);
       const auto if_exists = [&exists](V x) { return Select(exists.v != 0, x, V::Broadcast(0)); };
       if constexpr (role != AggregateRole::kValue) exists = Select(value.dist.v == kInf, zero, exists);
-      const V w = if_exists(Exp(-value.exponent));
+      const V w = if_exists(Select(value.dist.v == kInf, zero, Exp(-value.exponent)));
       V w_value = w;
       if constexpr (role == AggregateRole::kValue) {
         value.dist = Select(exists.v != 0, value.dist, V::Broadcast(kInf));

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
       j = -1;
       return;
     }
-    w = Exp(-value.exponent);
+    w = value.dist == T(INFINITY) ? T(0) : Exp(-value.exponent);
     if constexpr (kSecond) tangent = M::Tangent(parameters(), offset(), v_offset(), v_parameters());
   };
 
@@ -426,7 +426,7 @@ template <class M, class T, class TF, int kWidth>
 __global__ void __launch_bounds__(kJoinWarps* kWarp)
     JoinKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, int64_t pieces, uint32_t points) {
   constexpr int kTerms = 3 + M::kSigma + M::kR, kLong = 32;
-  __shared__ T partial[kJoinWarps][kWarp * kWidth];
+  __shared__ alignas(sizeof(T) * kWidth) T partial[kJoinWarps][kWarp * kWidth];
   __shared__ bool is_long[kJoinWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, F = static_cast<int>(args.F);
   const int first_column = args.f_bar != nullptr ? 0 : F, last_column = WantsGeometry(args) ? F + kTerms : F;

@@ -102,11 +102,12 @@ KNN_FN float Widen(Half x) {
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // Shifting exponent and mantissa into place leaves the exponent 112 too small, for subnormals as well; infinity and
-  // NaN must have the largest exponent instead.
-  const uint32_t body =
-      magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : FloatToBits(BitsToFloat(magnitude << 13) * 0x1p112f);
-  return BitsToFloat(sign | body);
+  // Shifting exponent and mantissa into place leaves the exponent 112 too small; infinity and NaN must have the largest
+  // exponent instead. Subnormal halves are normal floats, and no subnormal float may arise on the way: XLA's threads
+  // read those as 0.
+  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
+  const uint32_t subnormal = FloatToBits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return BitsToFloat(sign | (magnitude < 0x400u ? subnormal : normal));
 #endif
 }
 
