@@ -127,11 +127,14 @@ def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
     def one(*operands: jax.Array) -> list[jax.Array]:
         *points, length = operands
         rows = jnp.concatenate([a.reshape(P, -1) for a in points], -1)
-        exists = (jnp.arange(P, dtype=jnp.int32) < length) & jnp.isfinite(rows).all(-1)
+        reachable = jnp.isfinite(rows).all(-1)
+        if len(points) > 1:  # a negative sigma may make distances of −inf
+            reachable |= (points[1] < 0).any(-1)
+        exists = (jnp.arange(P, dtype=jnp.int32) < length) & reachable
         pad = [(0, math.prod(order_shape) - P)]
         order = jnp.where(exists, jnp.arange(P, dtype=jnp.int32), jnp.int32(-1))
-        rows = jnp.where(exists[:, None], rows, jnp.full((), jnp.nan, dtype))
-        leaves = jnp.pad(rows, [*pad, (0, 0)], constant_values=np.nan).reshape(order_shape + leaves_shape[1:2])
+        rows = jnp.where(exists[:, None], rows, jnp.zeros((), dtype))
+        leaves = jnp.pad(rows, [*pad, (0, 0)]).reshape(order_shape + leaves_shape[1:2])
         return [
             jnp.swapaxes(leaves, 1, 2),
             jnp.pad(order, pad, constant_values=-1).reshape(order_shape),

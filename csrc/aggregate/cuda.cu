@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
     QueryKernel(const Aggregate<T, TF> args, uint32_t rows) {
   constexpr bool kFirst = kOrder == Order::kFirst, kSecond = kOrder == Order::kSecond, kGradients = kFirst || kSecond;
   constexpr int kWords = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
+  static_assert(kWords <= kTeam);
   __shared__ T fetched[kTeams][kTeam][kWords | 1];  // p, sigma, R of each lane's neighbour; odd, against bank conflicts
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
   // A query over the whole batch. A team that is left over repeats the last one, so that warps stay together.
@@ -299,6 +300,7 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
     PieceKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, uint32_t pieces,
                 uint32_t all_pieces) {
   constexpr int kTerms = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
+  static_assert(kTerms <= kTeam && kPieceTerms == kTeam);
   struct Row {
     const TF* ct_f;
     T factor;

@@ -36,7 +36,7 @@ struct Cloud {
   }
 };
 
-// Whether all numbers are finite; other points have no finite distance.
+// Whether all numbers are finite; other points have no finite distance, and none of −inf unless sigma has a negative.
 template <class M, class T>
 __device__ __forceinline__ bool IsFinite(Vec3<T> p, const typename M::Parameters& m) {
   bool finite = isfinite(p.x) && isfinite(p.y) && isfinite(p.z);
@@ -48,7 +48,13 @@ __device__ __forceinline__ bool IsFinite(Vec3<T> p, const typename M::Parameters
   return finite;
 }
 
-// Never less than the metric's Magnitude.
+template <class M>
+__device__ __forceinline__ bool HasNegative(const typename M::Parameters& m) {
+  if constexpr (M::kR > 0) return m.sigma.x < 0 || m.sigma.y < 0 || m.sigma.z < 0;
+  return false;
+}
+
+// Not less than the metric's Magnitude, unless that is beyond the largest float.
 template <class M>
 __device__ __forceinline__ float MagnitudeOf(const typename M::Parameters& m) {
   return __double2float_ru(fmin(M::Magnitude(m), double(FLT_MAX)));
@@ -84,7 +90,6 @@ struct Extent {
     }
   }
 
-  __device__ __forceinline__ bool IsEmpty() const { return key[0] == 0; }
   __device__ __forceinline__ Vec3<float> High() const { return {FromKey(key[0]), FromKey(key[1]), FromKey(key[2])}; }
   __device__ __forceinline__ Vec3<float> Low() const { return {-FromKey(key[3]), -FromKey(key[4]), -FromKey(key[5])}; }
   __device__ __forceinline__ float Magnitude() const { return FromKey(key[6]); }

@@ -81,10 +81,13 @@ struct Builder {
 
   // What decides a point's place. The position of a point without a bound does not matter.
   static Item ItemOf(const T* p, const T* sigma, const T* R, int64_t i) {
+    p += 3 * i;
     Item item = {{0, 0, 0}, kLeftOut, -1};
     bool finite = Finite(p, 3), negative = false;
     double trace = 1;
     if constexpr (kAnisotropic) {
+      sigma += 3 * i;
+      R += 9 * i;
       finite = finite && Finite(sigma, 3) && Finite(R, 9);
       negative = sigma[0] < 0 || sigma[1] < 0 || sigma[2] < 0;
       trace = 0;
@@ -109,7 +112,7 @@ struct Builder {
     const int64_t begin = task % tasks * kItemsPerTask;
     const int64_t end = std::min(begin + kItemsPerTask, cloud.shape.leaves * kLeafSize);
     for (int64_t i = begin; i < end; ++i) {
-      cloud.items[i] = i < length ? ItemOf(p + 3 * i, sigma + 3 * i, R + 9 * i, i) : Item{{0, 0, 0}, kLeftOut, -1};
+      cloud.items[i] = i < length ? ItemOf(p, sigma, R, i) : Item{{0, 0, 0}, kLeftOut, -1};
     }
   }
 
@@ -206,7 +209,7 @@ struct Builder {
       const Item& item = cloud.items[leaf * kLeafSize + l];
       T* row = cloud.leaves + leaf * kRows * kLeafSize + l;
       const auto write = [&row, exists = item.idx >= 0](T value) {
-        *row = exists ? value : std::numeric_limits<T>::quiet_NaN();
+        *row = exists ? value : 0;
         row += kLeafSize;
       };
       const int64_t i = std::max(item.idx, 0);
@@ -304,6 +307,7 @@ struct Builder {
                                                         {&SplitTasks<3>, &SplitOnce<3>},
                                                         {&FinishTasks, &Finish},
                                                         {&Clouds, &WriteUpper}}};
+  static_assert(kKernel.phases[kBuildPhases - 1].run != nullptr && kKernel.phases[kBuildPhases].run == nullptr);
 };
 
 }  // namespace

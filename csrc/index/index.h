@@ -68,13 +68,14 @@ inline IndexShape ShapeOfIndex(int64_t P) {
 // An index as the search reads it. Batch axes as those of the search's operands.
 template <class T>
 struct Index {
-  Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; a missing point is NaN
+  Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; zeros for a missing point
   Operand<const int32_t> order;  // [leaves, kLeafSize]: which point this is, −1 for a missing one
   Operand<const T> nodes;        // [groups, kNodeRows, kFanOut]
 };
 
-// What the builder takes. Left out are points from `lengths` on and points with a number that is not finite: these have
-// no finite distance, and the search finds them without an index in the rare case that it needs them.
+// What the builder takes. Left out are points from `lengths` on, and points with a number that is not finite and no
+// negative sigma: their distances are +inf or NaN, and the search finds them without an index in the rare case that it
+// needs them.
 template <class T>
 struct BuildIndex {
   Batch batch;

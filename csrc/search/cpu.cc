@@ -24,6 +24,7 @@ constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+static_assert(kLeafSize == 32 && kFanOut == 32, "a bit of a word for each point of a leaf, or node of a group");
 constexpr int kRun = 64;  // candidates sorted at a time, a bit of a word for each
 
 // Points that a query has found. A place is a point's number in the leaves.
@@ -136,11 +137,16 @@ struct Searcher {
 
   static bool Builds(const Search<T>& s) { return s.index.leaves.data == nullptr; }
 
-  static BuildIndex<T> Build(const Search<T>& s, void* scratch) {
+  // Without memory for the results.
+  static BuildIndex<T> Build(const Search<T>& s) {
     BuildIndex<T> build = {Clouds(s), s.P, s.p, s.sigma, s.R, s.lengths, nullptr, nullptr, nullptr, false};
     // Sorting a point takes as long as its distances to so many queries.
     constexpr int64_t kFewQueries = 400;
     build.plain = Count(s.batch) * s.Q < kFewQueries * Count(build.batch);
+    return build;
+  }
+  static BuildIndex<T> Build(const Search<T>& s, void* scratch) {
+    BuildIndex<T> build = Build(s);
     const Layout at(s, Count(build.batch));
     char* memory = static_cast<char*>(scratch);
     build.leaves = reinterpret_cast<T*>(memory + at.leaves);
@@ -189,13 +195,13 @@ struct Searcher {
 
   static int64_t ScratchBytes(const Search<T>& s) {
     if (!Builds(s)) return Layout(s, 0).end;
-    const BuildIndex<T> build = Build(s, nullptr);
+    const BuildIndex<T> build = Build(s);
     return Layout(s, Count(build.batch)).builder + BuildIndexKernel<T>(kKind).scratch_bytes(build);
   }
 
   template <int phase>
   static int64_t BuildTasks(const Search<T>& s) {
-    return Builds(s) ? BuildIndexKernel<T>(kKind).phases[phase].tasks(Build(s, nullptr)) : 0;
+    return Builds(s) ? BuildIndexKernel<T>(kKind).phases[phase].tasks(Build(s)) : 0;
   }
   template <int phase>
   static void RunBuild(const Search<T>& s, void* scratch, int64_t task) {
@@ -245,6 +251,7 @@ struct Searcher {
     const T* nodes;
     IndexShape shape;
     int64_t K, capacity;
+    uint32_t length;
 
     Vec3<T> q[kTogether], finite_q[kTogether];
     Candidates<T> candidates[kTogether];
@@ -294,6 +301,12 @@ struct Searcher {
       const V bound = V::Broadcast(c.bound);
       uint32_t within = 0;
       for (int l = 0; l < kLeafSize; l += V::kLanes) within |= LessEqualMask(V::Load(dists[i] + l), bound) << l;
+      // Empty places have order −1. An index may also name points that the search's own lengths leave out.
+      for (uint32_t rest = within; rest != 0; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        const uint32_t point = static_cast<uint32_t>(w.order[leaf * kLeafSize + lane]);
+        within ^= uint32_t(point >= w.length) << lane;
+      }
       if (within == 0) continue;
       for (int l = 0; l < kLeafSize; l += V::kLanes, within >>= V::kLanes % 32) {
         const uint32_t mask = within & ((uint64_t(1) << V::kLanes) - 1);
@@ -419,6 +432,7 @@ struct Searcher {
         w.leaves = At(index.leaves, s.batch, b);
         w.order = At(index.order, s.batch, b);
         w.nodes = At(index.nodes, s.batch, b);
+        w.length = static_cast<uint32_t>(Max(Min(*At(s.lengths, s.batch, b), s.P), 0));
         w.candidates[kTogether - 1].n = 0;
         last_b = b;
       }

@@ -24,8 +24,8 @@ struct Search {
   // Null data where there is no index: the kernel then compares all pairs, or sorts in its own way.
   Index<T> index;
 
-  // Guesses at neighbours, any integers. Those that name points bound the search radius from the start. Null data and
-  // W = 0 where there are none.
+  // Guesses at neighbours, any integers. Those that name points bound the search radius from the start in the CUDA
+  // search through an index with K <= 32; other searches do not read them. Null data and W = 0 where there are none.
   int64_t W;
   Operand<const int32_t> warm;  // [Q, W]
 
