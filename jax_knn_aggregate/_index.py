@@ -120,6 +120,8 @@ def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
     """A valid index that rules nothing out: points as they come, and no bounds."""
     P, dtype = operands[0].shape[-2], operands[0].dtype
     leaves_shape, order_shape, _ = shapes(metric, P)
+    spare = math.prod(order_shape) - P
+    missing = np.where(np.arange(leaves_shape[1]) < 3, np.inf, 0)  # p at +inf
     base = [np.where(np.arange(math.ceil(n / _FAN_OUT) * _FAN_OUT) < n, -np.inf, np.inf) for n in _nodes(P)]
     nodes = np.zeros((sum(map(len, base)) // _FAN_OUT, _NODE_ROWS, _FAN_OUT))
     nodes[:, _BASE] = np.concatenate(base).reshape(-1, _FAN_OUT)
@@ -130,14 +132,12 @@ def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
         reachable = jnp.isfinite(rows).all(-1)
         if len(points) > 1:  # a negative sigma may make distances of −inf
             reachable |= (points[1] < 0).any(-1)
-        exists = (jnp.arange(P, dtype=jnp.int32) < length) & reachable
-        pad = [(0, math.prod(order_shape) - P)]
-        order = jnp.where(exists, jnp.arange(P, dtype=jnp.int32), jnp.int32(-1))
-        rows = jnp.where(exists[:, None], rows, jnp.zeros((), dtype))
-        leaves = jnp.pad(rows, [*pad, (0, 0)]).reshape(order_shape + leaves_shape[1:2])
+        order = jnp.arange(P + spare, dtype=jnp.int32)
+        exists = (order < length) & jnp.pad(reachable, (0, spare))
+        rows = jnp.where(exists[:, None], jnp.pad(rows, [(0, spare), (0, 0)]), jnp.asarray(missing, dtype)[None])
         return [
-            jnp.swapaxes(leaves, 1, 2),
-            jnp.pad(order, pad, constant_values=-1).reshape(order_shape),
+            jnp.swapaxes(rows.reshape(order_shape + leaves_shape[1:2]), 1, 2),
+            jnp.where(exists, order, jnp.int32(-1)).reshape(order_shape),
             jnp.asarray(nodes, dtype),
         ]
 

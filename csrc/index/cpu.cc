@@ -208,14 +208,14 @@ struct Builder {
     for (int l = 0; l < kLeafSize; ++l) {
       const Item& item = cloud.items[leaf * kLeafSize + l];
       T* row = cloud.leaves + leaf * kRows * kLeafSize + l;
-      const auto write = [&row, exists = item.idx >= 0](T value) {
-        *row = exists ? value : 0;
+      const auto write = [&row, exists = item.idx >= 0](T value, T missing) {
+        *row = exists ? value : missing;
         row += kLeafSize;
       };
       const int64_t i = std::max(item.idx, 0);
-      for (int c = 0; c < 3; ++c) write(p[3 * i + c]);
-      for (int c = 0; c < 3 && kAnisotropic; ++c) write(sigma[3 * i + c]);
-      for (int c = 0; c < 9 && kAnisotropic; ++c) write(R[9 * i + c]);
+      for (int c = 0; c < 3; ++c) write(p[3 * i + c], kInf);
+      for (int c = 0; c < 3 && kAnisotropic; ++c) write(sigma[3 * i + c], 0);
+      for (int c = 0; c < 9 && kAnisotropic; ++c) write(R[9 * i + c], 0);
       cloud.order[leaf * kLeafSize + l] = item.idx;
     }
   }

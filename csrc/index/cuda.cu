@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
   NodeBounds<T> node;
   T rows[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) rows[r] = 0;
+  for (int r = 0; r < kRows; ++r) rows[r] = r < 3 ? T(INFINITY) : T(0);
   int32_t j = -1;
   if (exists) {
     j = points[c * args.P + at];

@@ -68,7 +68,7 @@ inline IndexShape ShapeOfIndex(int64_t P) {
 // An index as the search reads it. Batch axes as those of the search's operands.
 template <class T>
 struct Index {
-  Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; zeros for a missing point
+  Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; a missing one has p = +inf
   Operand<const int32_t> order;  // [leaves, kLeafSize]: which point this is, −1 for a missing one
   Operand<const T> nodes;        // [groups, kNodeRows, kFanOut]
 };

@@ -251,7 +251,7 @@ struct Searcher {
     const T* nodes;
     IndexShape shape;
     int64_t K, capacity;
-    uint32_t length;
+    int32_t length;
 
     Vec3<T> q[kTogether], finite_q[kTogether];
     Candidates<T> candidates[kTogether];
@@ -294,6 +294,14 @@ struct Searcher {
     }
   }
 
+  // The points of a leaf, a bit for each, without those that the index has but the search's own lengths leave out.
+  static uint32_t Existing(const Work& w, int32_t leaf) {
+    const int32_t* order = w.order + leaf * kLeafSize;
+    uint32_t mask = 0;
+    for (int l = 0; l < kLeafSize; ++l) mask |= order[l] < w.length ? uint32_t(1) << l : 0;
+    return mask;
+  }
+
   static void Take(Work& w, int32_t leaf, const Dists& dists) {
     for (int i = 0; i < kTogether; ++i) {
       Candidates<T>& c = w.candidates[i];
@@ -301,13 +309,8 @@ struct Searcher {
       const V bound = V::Broadcast(c.bound);
       uint32_t within = 0;
       for (int l = 0; l < kLeafSize; l += V::kLanes) within |= LessEqualMask(V::Load(dists[i] + l), bound) << l;
-      // Empty places have order −1. An index may also name points that the search's own lengths leave out.
-      for (uint32_t rest = within; rest != 0; rest &= rest - 1) {
-        const int lane = __builtin_ctz(rest);
-        const uint32_t point = static_cast<uint32_t>(w.order[leaf * kLeafSize + lane]);
-        within ^= uint32_t(point >= w.length) << lane;
-      }
       if (within == 0) continue;
+      within &= Existing(w, leaf);
       for (int l = 0; l < kLeafSize; l += V::kLanes, within >>= V::kLanes % 32) {
         const uint32_t mask = within & ((uint64_t(1) << V::kLanes) - 1);
         c.n += Append(mask, V::Load(dists[i] + l), leaf * kLeafSize + l, c.dist + c.n, c.place + c.n);
@@ -432,7 +435,7 @@ struct Searcher {
         w.leaves = At(index.leaves, s.batch, b);
         w.order = At(index.order, s.batch, b);
         w.nodes = At(index.nodes, s.batch, b);
-        w.length = static_cast<uint32_t>(Max(Min(*At(s.lengths, s.batch, b), s.P), 0));
+        w.length = *At(s.lengths, s.batch, b);
         w.candidates[kTogether - 1].n = 0;
         last_b = b;
       }

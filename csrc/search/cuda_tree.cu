@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kRows == 1 ? 4 : 2
     const T dist = M::Distance(M::Load(M::kR > 0 ? row + 3 : nullptr, M::kR > 0 ? row + 6 : nullptr),
                                query - Vec3<T>{row[0], row[1], row[2]});
     if (__any_sync(kFullMask, dist <= last.dist())) {
-      // Empty places have order −1. An index may also name points that the search's own lengths leave out.
+      // An index may have points that the search's own lengths leave out.
       const int32_t j = order[node * kLeafSize + lane];
       Neighbour<T> found;
-      if (static_cast<uint32_t>(j) < cloud.length) found = Neighbour<T>(dist, j);
+      if (j < cloud.length) found = Neighbour<T>(dist, j);
       const unsigned better = __ballot_sync(kFullMask, found < last);
       if (better != 0) nearest.Take(found, better, K, last);
       if (limit < last) last = limit;
