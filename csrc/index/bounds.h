@@ -35,9 +35,9 @@ KNN_FN double Sqrt(double a) { return std::sqrt(a); }
 //
 // and (M⁻¹)_aa = C_a / (s c₀). Laguerre's iteration from 0 rises to the least root and does not pass it; three steps
 // reach it. Rounding may move a triple root by 10⁻⁵ of it. Sigmas below the least normal number count as that: their
-// products may underflow. A w that underflows counts only where the bound is 0 all the same (tight is 0 unless all w
-// are above 2⁻¹⁰⁰ s), or s is so small that it is made 0. Whatever overflows ends as NaN or infinity, and so as no
-// bound.
+// products may underflow. A row whose square underflows counts as 0. A w that underflows counts only where the bound is
+// 0 all the same (tight is 0 unless all w are above 2⁻¹⁰⁰ s), or s is so small that it is made 0. Whatever overflows
+// ends as NaN or infinity, and so as no bound.
 template <class T, class D>
 KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
   const D zero = Number<D>(0), one = Number<D>(1), least = Number<D>(Precision<T>::kLeast);
@@ -49,7 +49,7 @@ KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
     squares[i] = row[0] * row[0] + row[1] * row[1] + row[2] * row[2];
     const D norm = Sqrt(Max(squares[i], Number<D>(DBL_MIN)));
     for (int c = 0; c < 3; ++c) r[3 * i + c] = row[c] / norm;
-    w[i] = sigma[i] * squares[i];
+    w[i] = sigma[i] * Max(squares[i] - Number<D>(DBL_MIN), zero);
     s = s + w[i];
     noise = noise + Max(sigma[i], least) * squares[i];
   }
