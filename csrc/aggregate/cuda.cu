@@ -49,12 +49,6 @@ __device__ __forceinline__ typename M::Parameters LoadTangents(const T* sigma, c
   return M::LoadTangents(sigma == nullptr ? nullptr : sigma + M::kSigma * j, R == nullptr ? nullptr : R + M::kR * j);
 }
 
-// Arrays of one batch entry; null where the operand is not given.
-template <class Array>
-__device__ __forceinline__ Array* AtIf(const Operand<Array>& operand, const Batch& batch, int64_t b) {
-  return operand.data == nullptr ? nullptr : At(operand, batch, b);
-}
-
 template <class T>
 __device__ __forceinline__ Vec3<T> Load3If(const T* a, int64_t i) {
   return a == nullptr ? Vec3<T>{0, 0, 0} : Load3(a + 3 * i);
@@ -151,7 +145,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
   const int32_t* idxs = At(args.idxs, args.batch, b) + int64_t{i} * K;
   const Vec3<T> query = Load3(At(args.q, args.batch, b) + 3 * int64_t{i});
 
-  const TF* ct_f = kGradients ? AtIf(args.ct_f, args.batch, b) : nullptr;
+  const TF* ct_f = kGradients ? AtOrNull(args.ct_f, args.batch, b) : nullptr;
   if (ct_f != nullptr) ct_f += int64_t{i} * F;
 
   // The word of a neighbour that this lane fetches for the lane that the neighbour belongs to.
@@ -174,10 +168,11 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
   const auto offset = [&] { return query - Load3(own); };
   const auto parameters = [&] { return M::Load(own + 3, own + 3 + M::kSigma); };
   const auto v_offset = [&] {
-    return Load3If(AtIf(args.v_q, args.batch, b), i) - Load3If(AtIf(args.v_p, args.batch, b), j);
+    return Load3If(AtOrNull(args.v_q, args.batch, b), i) - Load3If(AtOrNull(args.v_p, args.batch, b), j);
   };
   const auto v_parameters = [&] {
-    return LoadTangents<M>(AtIf(args.v_sigma, args.batch, b), M::kR > 0 ? AtIf(args.v_R, args.batch, b) : nullptr, j);
+    return LoadTangents<M>(AtOrNull(args.v_sigma, args.batch, b),
+                           M::kR > 0 ? AtOrNull(args.v_R, args.batch, b) : nullptr, j);
   };
   const auto fetch = [&](int start) {
     const int32_t given = start + lane < K ? idxs[start + lane] : -1;
@@ -367,9 +362,10 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
                 Load3(At(args.q, args.batch, b) + 3 * i) - Load3(At(args.p, args.batch, b0) + 3 * int64_t{j});
             const Pair<T> weights = {factors.dist, factors.exponent};
             if constexpr (kSecond) {
-              const Vec3<T> dd = Load3If(AtIf(args.v_q, args.batch, b), i) - Load3If(AtIf(args.v_p, args.batch, b0), j);
-              const auto dm = LoadTangents<M>(AtIf(args.v_sigma, args.batch, b0),
-                                              M::kR > 0 ? AtIf(args.v_R, args.batch, b0) : nullptr, j);
+              const Vec3<T> dd =
+                  Load3If(AtOrNull(args.v_q, args.batch, b), i) - Load3If(AtOrNull(args.v_p, args.batch, b0), j);
+              const auto dm = LoadTangents<M>(AtOrNull(args.v_sigma, args.batch, b0),
+                                              M::kR > 0 ? AtOrNull(args.v_R, args.batch, b0) : nullptr, j);
               d_bar = M::SecondGradient(m, d, dd, dm, factors.a_e, weights, m_bar);
             } else {
               d_bar = M::Gradient(m, d, weights, m_bar);

@@ -1,8 +1,8 @@
 // Scalars: rounding that does not depend on where a formula is inlined, and 16-bit storage types.
 //
-// Everything with code in it lives in namespace knn::KNN_ISA, one per instruction set that a file is compiled for:
-// inline functions of one name compiled with different -m flags would break the one-definition rule, and the linker
-// might keep the AVX-512 copy for every machine.
+// Everything with code in it lives in namespace knn::KNN_ISA, one per instruction set that a file is compiled for, or
+// is KNN_FN, always inlined: inline functions of one name compiled with different -m flags would break the
+// one-definition rule, and the linker might keep the AVX-512 copy for every machine.
 
 #ifndef KNN_COMMON_NUMERIC_H_
 #define KNN_COMMON_NUMERIC_H_
@@ -51,6 +51,10 @@ struct Half {
 }  // namespace knn
 
 namespace knn::KNN_ISA {
+
+KNN_FN constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+KNN_FN constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+KNN_FN constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // a·b + c. Written out wherever a product is added, and files are compiled without contraction, so that a distance has
 // the same bits in the search that ranks it and in the kernel that returns it.

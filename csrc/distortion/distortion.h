@@ -30,12 +30,12 @@ struct Distortion {
 };
 
 template <class T>
-inline bool HasTangents(const Distortion<T>& a) {
+KNN_FN bool HasTangents(const Distortion<T>& a) {
   return a.v_w.data != nullptr || a.v_m.data != nullptr || a.v_interval.data != nullptr;
 }
 
 template <class T>
-inline bool WantsGradients(const Distortion<T>& a) {
+KNN_FN bool WantsGradients(const Distortion<T>& a) {
   return a.w_bar != nullptr || a.m_bar != nullptr || a.interval_bar != nullptr;
 }
 

@@ -18,8 +18,6 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T, template <class> class Metric>
 struct Builder {
   static constexpr bool kAnisotropic = Metric<T>::kKind == MetricKind::kAnisotropic;
@@ -60,7 +58,7 @@ struct Builder {
     }
     static int64_t RangeBytes() { return (2 << kSplits) * sizeof(Range); }
     static int64_t Bytes(const BuildIndex<T>& x) {
-      return RangeBytes() + Ceil(ShapeOfIndex(x.P).leaves * kLeafSize * sizeof(Item), 64) * 64;
+      return RangeBytes() + CeilDiv(ShapeOfIndex(x.P).leaves * kLeafSize * sizeof(Item), 64) * 64;
     }
     T* Row(int64_t group, int row) const { return nodes + (group * kNodeRows + row) * kFanOut; }
   };
@@ -70,7 +68,7 @@ struct Builder {
   // Phase 1.
 
   static constexpr int64_t kItemsPerTask = 4096;
-  static int64_t TasksOfCloud(const BuildIndex<T>& x) { return std::max<int64_t>(Ceil(x.P, kItemsPerTask), 1); }
+  static int64_t TasksOfCloud(const BuildIndex<T>& x) { return std::max<int64_t>(CeilDiv(x.P, kItemsPerTask), 1); }
   static int64_t GatherTasks(const BuildIndex<T>& x) { return Count(x.batch) * TasksOfCloud(x); }
 
   static bool Finite(const T* a, int n) {

@@ -52,7 +52,7 @@ struct IndexShape {
   int64_t nodes[kMaxLevels], first_group[kMaxLevels + 1];
 };
 
-inline IndexShape ShapeOfIndex(int64_t P) {
+KNN_FN IndexShape ShapeOfIndex(int64_t P) {
   IndexShape shape = {};
   shape.leaves = (P + kLeafSize - 1) / kLeafSize;
   for (int64_t nodes = shape.leaves;;) {

@@ -20,10 +20,6 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 static_assert(kLeafSize == 32 && kFanOut == 32, "a bit of a word for each point of a leaf, or node of a group");
 constexpr int kRun = 64;  // candidates sorted at a time, a bit of a word for each
 
@@ -181,7 +177,7 @@ struct Searcher {
       end = 0;
       const auto take = [this](int64_t n, int64_t bytes) {
         const int64_t begin = end;
-        end += Ceil(n * bytes, 64) * 64;
+        end += CeilDiv(n * bytes, 64) * 64;
         return begin;
       };
       keys = take(Count(s.batch) * 2 * s.Q, sizeof(uint64_t));
@@ -230,16 +226,16 @@ struct Searcher {
   static constexpr int kSeeds = 64;
 
   // Candidates of one query. A leaf's may go behind the capacity that counts.
-  static int64_t Capacity(const Search<T>& s) { return Ceil(2 * s.K, kRun) * kRun; }
+  static int64_t Capacity(const Search<T>& s) { return CeilDiv(2 * s.K, kRun) * kRun; }
   static int64_t CandidateBytes(const Search<T>& s) {
     return (kTogether + 1) * (Capacity(s) + kRun) * (sizeof(T) + sizeof(int32_t));
   }
 
-  static int64_t Packets(const Search<T>& s) { return Ceil(s.Q, kTogether); }
+  static int64_t Packets(const Search<T>& s) { return CeilDiv(s.Q, kTogether); }
   static int64_t Tasks(const Search<T>& s) {
     constexpr int64_t kMost = 256, kMostBytes = 64 << 20, kPackets = 16;
     const int64_t fit = Max(kMostBytes / CandidateBytes(s), 1);
-    return Min(Ceil(Count(s.batch) * Packets(s), kPackets), Min(fit, kMost));
+    return Min(CeilDiv(Count(s.batch) * Packets(s), kPackets), Min(fit, kMost));
   }
 
   using Dists = T[kTogether][kLeafSize];
