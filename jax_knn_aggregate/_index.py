@@ -24,6 +24,8 @@ from ._primitive import bind, make_primitive
 Struct = jax.ShapeDtypeStruct
 
 _LEAF, _FAN_OUT, _NODE_ROWS, _BASE = 32, 32, 11, 6  # kLeafSize, kFanOut, kNodeRows, kBase of index.h
+#: Bytes of scratch that CUDA kernels take for the extent of a cloud: 64 parts. kExtentsBytes of index.h.
+CUDA_EXTENTS = 64 * 28
 #: Core axes of leaves, order, nodes.
 NDIMS = (3, 2, 3)
 
@@ -99,10 +101,10 @@ def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array]
         return None
     results = _outputs(metric, *operands)
     if platform == "cuda":
-        # 24 bytes a point for sort keys and indices, twice each; extents of 64 parts; and at most a byte a point, and a
+        # 24 bytes a point for sort keys and indices, twice each; the extent; and at most a byte a point, and a
         # constant, for the sort's histograms. The kernel checks that this suffices.
         clouds, P = size(batch_shape(operands, _core_ndims(metric))), operands[0].shape[-2]
-        results.append(Struct((clouds * (25 * P + 64 * 28) + (1 << 21),), jnp.uint8))
+        results.append(Struct((clouds * (25 * P + CUDA_EXTENTS) + (1 << 21),), jnp.uint8))
     return list(_ffi.call(target, results)(*operands)[:3])
 
 

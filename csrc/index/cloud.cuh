@@ -8,6 +8,7 @@
 
 #include "common/cuda.cuh"
 #include "common/metric.h"
+#include "index/index.h"
 
 namespace knn::KNN_ISA {
 
@@ -97,6 +98,7 @@ struct Extent {
 
 constexpr int kExtentThreads = 2 * kWarp;  // of a block; many small ones keep more multiprocessors busy
 constexpr int kParts = kExtentThreads;     // in which a cloud's extent is found
+static_assert(kParts * sizeof(Extent) == kExtentsBytes);
 
 // extents [clouds, kParts], each of some of the finite points of a cloud. Launched with clouds · kParts blocks.
 template <class M, class T, class Args>

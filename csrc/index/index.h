@@ -38,6 +38,9 @@ inline constexpr int kLeafSize = 32;  // points of a leaf
 inline constexpr int kFanOut = 32;    // nodes of a group
 inline constexpr int kMaxLevels = 7;  // for 2³¹ points
 
+// Scratch of the CUDA kernels: what they find out about the extent of a cloud (cloud.cuh).
+inline constexpr int64_t kExtentsBytes = 64 * 28;
+
 // Rows of a group.
 enum NodeRow { kLow = 0, kHigh = 3, kBase = 6, kLambda = 7, kAxis = 8, kNodeRows = 11 };
 

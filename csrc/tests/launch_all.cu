@@ -74,7 +74,7 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   search.idxs = Allocate<int32_t>(B * Q * K);
   // In every way: all pairs compared, by the filter and without, and through an index, with guesses and without.
   const int64_t clouds = shared ? 1 : B;
-  const int64_t bytes = 32 * (B * Q + clouds * P) + clouds * (128 * (P + 8) + 64 * 28 + 32) + (1 << 21);
+  const int64_t bytes = 32 * (B * Q + clouds * P) + clouds * (128 * (P + 8) + kExtentsBytes + 32) + (1 << 21);
   void* const memory = Allocate<uint8_t>(bytes);
   Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search");
   Check(LaunchExhaustiveSearch(search, metric, nullptr), "exhaustive search");
@@ -98,8 +98,8 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
 
   // Scratch is as large as _aggregate.py makes it.
   const int64_t sets = shared ? 1 : B, pairs = B / sets * Q * K;
-  const int64_t sort_bytes =
-      P <= 8192 ? 4 * sets * ((pairs + 2047) / 2048 + 1) * (P + 1) : 13 * sets * pairs + (1 << 21);
+  const int64_t sort_bytes = P <= kMaxCounted ? 4 * sets * ((pairs + kCountedTile - 1) / kCountedTile + 1) * (P + 1)
+                                              : 13 * sets * pairs + (1 << 21);
   Invert invert = {batch, kept, P, pairs, Q * K, search.idxs};
   invert.order = Allocate<int32_t>(sets * pairs);
   invert.offsets = Allocate<int32_t>(sets * (P + 1));
