@@ -27,6 +27,9 @@ Operands = tuple[jax.Array, ...]
 Sparse = tuple[jax.Array | None, ...]
 MaybeStructs = tuple[Struct | None, ...]
 
+# Of the CUDA kernels: kPiecePairs and kPieceTerms of aggregate.h, kMaxCounted and kCountedTile of invert.h.
+_PIECE_PAIRS, _PIECE_TERMS, _MAX_COUNTED, _COUNTED_TILE = 64, 16, 8192, 2048
+
 
 def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, ...]:
     """q (Q,3), p (P,3), f (P,F), parameters (P,...); idxs (Q,K) -> f_out (Q,F), w (Q,K), dists (Q,K)."""
@@ -141,9 +144,9 @@ def _call_with_inverse(
         # What a query's half of the kernel finds out about each pair and the points' half needs again.
         scratch = [Struct(batch + idxs.shape[depth:] + (4,), x[0].dtype)]
         if platform == "cuda":
-            # Sums over pieces of 64 grouped pairs, for up to two points each: F features and 16 terms of the metric.
-            pieces = -(-inverse[0].shape[-1] // 64)
-            scratch.append(Struct((*kept, pieces, 2, x[2].shape[-1] + 16), x[0].dtype))
+            # Sums over pieces of the grouped pairs, for up to two points each: features and terms of the metric.
+            pieces = -(-inverse[0].shape[-1] // _PIECE_PAIRS)
+            scratch.append(Struct((*kept, pieces, 2, x[2].shape[-1] + _PIECE_TERMS), x[0].dtype))
     got = _ffi.call(target, [*given, *scratch])(*x, *aux, *more, **masks)
     return [fit(a, s.shape) for a, s in zip(got[: len(wanted)], wanted, strict=True)]
 
@@ -170,11 +173,11 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
         return None
     results = [Struct((*kept, pairs), jnp.int32), Struct((*kept, P + 1), jnp.int32)]
     if platform == "cuda":
-        # The kernel checks that its scratch suffices. Few points: how many pairs each tile of 2048 has for each point,
-        # and their sums. Many: keys and pair numbers, each twice, for a radix sort that alternates between buffers (one
+        # The kernel checks that its scratch suffices. Few points: how many pairs each tile has for each point, and
+        # their sums. Many: keys and pair numbers, each twice, for a radix sort that alternates between buffers (one
         # is the result); and at most a byte a pair, and a constant, for its histograms.
-        counts, buffers = 4 * (-(-pairs // 2048) + 1) * (P + 1), 13 * pairs
-        nbytes = size(kept) * counts if P <= 8192 else size(kept) * buffers + (1 << 21)
+        counts, buffers = 4 * (-(-pairs // _COUNTED_TILE) + 1) * (P + 1), 13 * pairs
+        nbytes = size(kept) * counts if P <= _MAX_COUNTED else size(kept) * buffers + (1 << 21)
         results.append(Struct((nbytes,), jnp.uint8))
     return list(_ffi.call("invert", results)(idxs)[:2])
 

@@ -102,8 +102,8 @@ def knn_aggregate_aniso(
         Queries are the same on all devices of the axis, and so are the results; or they vary over it, and each device
         gets the results of its own.
       implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
-        NotImplementedError where there is no kernel: for the platform, this K, or derivatives of second order by forward
-        over forward and of higher orders, which run the reference otherwise.
+        NotImplementedError where there is no kernel: for the platform, this K, or derivatives by forward over forward
+        mode and of third and higher order, which run the reference otherwise.
 
     Returns:
       KnnAggregate. Neighbours are the K smallest distances as computed in the input dtype, in ascending order, equal

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import ad
 
 from . import _ffi
@@ -24,6 +23,8 @@ from ._primitive import bind, make_primitive
 Struct = jax.ShapeDtypeStruct
 
 _LEAF, _FAN_OUT, _NODE_ROWS, _BASE = 32, 32, 11, 6  # kLeafSize, kFanOut, kNodeRows, kBase of index.h
+#: Bytes of scratch that CUDA kernels take for the extent of a cloud: 64 parts. kExtentsBytes of index.h.
+CUDA_EXTENTS = 64 * 28
 #: Core axes of leaves, order, nodes.
 NDIMS = (3, 2, 3)
 
@@ -99,10 +100,10 @@ def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array]
         return None
     results = _outputs(metric, *operands)
     if platform == "cuda":
-        # 24 bytes a point for sort keys and indices, twice each; extents of 64 parts; and at most a byte a point, and a
+        # 24 bytes a point for sort keys and indices, twice each; the extent; and at most a byte a point, and a
         # constant, for the sort's histograms. The kernel checks that this suffices.
         clouds, P = size(batch_shape(operands, _core_ndims(metric))), operands[0].shape[-2]
-        results.append(Struct((clouds * (25 * P + 64 * 28) + (1 << 21),), jnp.uint8))
+        results.append(Struct((clouds * (25 * P + CUDA_EXTENTS) + (1 << 21),), jnp.uint8))
     return list(_ffi.call(target, results)(*operands)[:3])
 
 
@@ -117,22 +118,26 @@ def _reference(metric: Metric, *operands: jax.Array) -> list[jax.Array]:
     """A valid index that rules nothing out: points as they come, and no bounds."""
     P, dtype = operands[0].shape[-2], operands[0].dtype
     leaves_shape, order_shape, nodes_shape = shapes(metric, P)
-    # Computed, and not a constant: custom_partitioning takes no function that has one.
-    exists = [jnp.arange(math.ceil(n / _FAN_OUT) * _FAN_OUT, dtype=jnp.int32) < n for n in _nodes(P)]
-    base = jnp.where(jnp.concatenate(exists), jnp.full((), -jnp.inf, dtype), jnp.full((), jnp.inf, dtype))
+    spare = math.prod(order_shape) - P
+    inf, zero = jnp.full((), jnp.inf, dtype), jnp.zeros((), dtype)
+    # Computed, and no constants: custom_partitioning takes no function that has one.
+    missing = jnp.where(jnp.arange(leaves_shape[1], dtype=jnp.int32) < 3, inf, zero)  # p at +inf
+    nodes_exist = [jnp.arange(math.ceil(n / _FAN_OUT) * _FAN_OUT, dtype=jnp.int32) < n for n in _nodes(P)]
+    base = jnp.where(jnp.concatenate(nodes_exist), -inf, inf)
     nodes = jnp.zeros(nodes_shape, dtype).at[:, _BASE].set(base.reshape(-1, _FAN_OUT))
 
     def one(*operands: jax.Array) -> list[jax.Array]:
         *points, length = operands
         rows = jnp.concatenate([a.reshape(P, -1) for a in points], -1)
-        exists = (jnp.arange(P, dtype=jnp.int32) < length) & jnp.isfinite(rows).all(-1)
-        pad = [(0, math.prod(order_shape) - P)]
-        order = jnp.where(exists, jnp.arange(P, dtype=jnp.int32), jnp.int32(-1))
-        rows = jnp.where(exists[:, None], rows, jnp.full((), jnp.nan, dtype))
-        leaves = jnp.pad(rows, [*pad, (0, 0)], constant_values=np.nan).reshape(order_shape + leaves_shape[1:2])
+        reachable = jnp.isfinite(rows).all(-1)
+        if len(points) > 1:  # a negative sigma may make distances of −inf
+            reachable |= (points[1] < 0).any(-1)
+        order = jnp.arange(P + spare, dtype=jnp.int32)
+        exists = (order < length) & jnp.pad(reachable, (0, spare))
+        rows = jnp.where(exists[:, None], jnp.pad(rows, [(0, spare), (0, 0)]), missing[None])
         return [
-            jnp.swapaxes(leaves, 1, 2),
-            jnp.pad(order, pad, constant_values=-1).reshape(order_shape),
+            jnp.swapaxes(rows.reshape(order_shape + leaves_shape[1:2]), 1, 2),
+            jnp.where(exists, order, jnp.int32(-1)).reshape(order_shape),
             nodes,
         ]
 

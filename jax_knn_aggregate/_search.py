@@ -100,7 +100,7 @@ def _call(
         # The search through an index sorts queries: 16 bytes each, and at most a byte each, and a constant, for the
         # sort's histograms. That of all pairs keeps 64 bytes a point for tensor cores, 64 for what is compared in the
         # end, and a few numbers a cloud. The kernel checks that this suffices.
-        of_queries, of_points = 17 * size(full) * Q + (1 << 21), clouds * (128 * (P + 8) + 64 * 28 + 32)
+        of_queries, of_points = 17 * size(full) * Q + (1 << 21), clouds * (128 * (P + 8) + _index.CUDA_EXTENTS + 32)
         results = [*results, jax.ShapeDtypeStruct((of_queries if indexed else of_points,), jnp.uint8)]
     attributes = {"indexed": np.int32(indexed), "warm": np.int32(warm)}
     return _ffi.call(f"{metric.name}_search", results)(*operands, **attributes)[:1]

@@ -74,6 +74,17 @@ def test_half_precision_features(metric, half, implementation, rng):
         helpers.assert_close(bar, want[name], 4 * eps, f"second derivative, {name}")
 
 
+def test_every_finite_half_is_read_and_written_exactly(implementation):
+    """Subnormals too, although XLA's threads read subnormal floats as 0."""
+    f = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    f = f[np.isfinite(f)].reshape(-1, 64)
+    zeros = np.zeros((len(f), 3), np.float32)
+    x = (zeros, zeros, f, zeros, np.zeros((len(f), 3, 3), np.float32))  # weights are 1
+    own = np.arange(len(f), dtype=np.int32)[:, None]
+    out = jka.knn_aggregate_aniso_precomputed(*helpers.tree(x), own, implementation=implementation)
+    np.testing.assert_array_equal(np.asarray(out.f_out), f)
+
+
 def test_half_precision_features_elsewhere(implementation, rng):
     x = helpers.cloud(rng, "aniso", 6, 9, 3, dtype=np.float32)
     x = (*x[:2], x[2].astype(jnp.bfloat16), *x[3:])

@@ -40,6 +40,11 @@ def clouds(rng, P):
     zero[::4, 1] = 0
     broken = uniform.copy()
     broken[:3] = [[np.nan, 0, 0], [np.inf, 0, 0], [0, -np.inf, 0]]
+    negative = sigma()
+    negative[:6] *= -1
+    negative[3, 0], negative[4, 1] = -np.inf, np.nan
+    straight = R.copy()
+    straight[5] = np.diag([np.inf, 1, 1])
     return {
         "uniform": (uniform, sigma(), R),
         "clustered": (clustered, sigma(1e-3), R),
@@ -58,6 +63,7 @@ def clouds(rng, P):
         "huge": (uniform * 1e18, sigma(), R),
         "tiny": (uniform * 1e-18, sigma(), R),
         "not finite": (broken, sigma(), R),
+        "not finite, negative": (broken, negative, straight),
     }
 
 
@@ -68,8 +74,8 @@ def searches(metric, K):
     def plain(implementation, q, p, m, n, warm):
         return helpers.search(metric, (q, p, None, *m), K, p_lengths=n, implementation=implementation).idxs
 
-    def with_index(warmed, q, p, m, n, warm):
-        index = jka.build_index(p, *(m if metric == "aniso" else ()), p_lengths=n)
+    def with_index(warmed, builder, q, p, m, n, warm):
+        index = jka.build_index(p, *(m if metric == "aniso" else ()), p_lengths=n, implementation=builder)
         options = {"p_lengths": n, "index": index} | ({"warm_idxs": warm} if warmed else {})
         return helpers.search(metric, (q, p, None, *m), K, **options).idxs
 
@@ -79,8 +85,9 @@ def searches(metric, K):
     ways = {
         "reference": functools.partial(plain, "xla"),
         "by itself": functools.partial(plain, None),
-        "index": functools.partial(with_index, False),
-        "index, guesses": functools.partial(with_index, True),
+        "index": functools.partial(with_index, False, None),
+        "index, guesses": functools.partial(with_index, True, None),
+        "the reference's index": functools.partial(with_index, False, "xla"),
         "guesses": warmed,
     }
     return {name: jax.jit(way) for name, way in ways.items()}
@@ -118,7 +125,7 @@ def test_every_cloud(metric, dtype, kernels, rng):
     Q, P, K = 200, 3000, 16
     length = jnp.int32(P - 100)
     for name, (p, sigma, R) in clouds(rng, P).items():
-        centre, size = (0.0, 1.0) if name == "not finite" else (p.mean(0), np.abs(p - p.mean(0)).max() or 1.0)
+        centre, size = (0.0, 1.0) if name.startswith("not finite") else (p.mean(0), np.abs(p - p.mean(0)).max() or 1.0)
         q = np.concatenate([p[rng.integers(0, P, Q // 2)], centre + size * rng.normal(size=(Q // 2, 3))])
         p, q, sigma, R = (jnp.asarray(a, dtype) for a in (p, q, sigma, R))
         m = (sigma, R) if metric == "aniso" else (sigma[:, :1],)
@@ -129,7 +136,7 @@ def test_every_cloud(metric, dtype, kernels, rng):
             if way == "by itself":
                 guesses = np.where(rng.random((Q, K)) < 0.8, found[way], rng.integers(-9, P + 9, (Q, K)))
                 warm = jnp.asarray(guesses, jnp.int32)
-        for way in ("index", "index, guesses", "guesses"):
+        for way in ("index", "index, guesses", "the reference's index", "guesses"):
             np.testing.assert_array_equal(found[way], found["by itself"], err_msg=f"{name}, {way}")
         if name in ("huge", "tiny", "far away", "anisotropy 1e4", "singular R"):
             continue  # rounding there decides more than a few rows; the kernels' own brute force is compared below
@@ -186,6 +193,36 @@ def test_batches_and_vmap(implementation, rng):
     shared = jax.vmap(lambda q, index: jka.knn_search_aniso(q, p, sigma, R, K, index=index, **options).idxs, (0, None))
     want = [jka.knn_search_aniso(a, p, sigma, R, K, **options).idxs for a in q]
     np.testing.assert_array_equal(shared(q, build(p, sigma, R)), want)
+
+
+def test_many_clouds(implementation, rng):
+    """More than a sort key has bits for beside a place on the curve."""
+    B, Q, P, K = 1025, 2, 40, 5
+    q, p = (jnp.asarray(rng.random((B, n, 3)), jnp.float32) for n in (Q, P))
+    lengths = jnp.asarray(rng.integers(0, P + 1, B), jnp.int32)
+    index = jka.build_index(p, p_lengths=lengths, implementation=implementation)
+    got = jka.knn_search(q, p, K, p_lengths=lengths, index=index, implementation=implementation).idxs
+    want = jka.knn_search(q, p, K, p_lengths=lengths, implementation="xla").idxs
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("P", [7, 3000])
+def test_an_index_of_a_longer_cloud(P, implementation, rng):
+    """Points that only the index knows to exist are not found."""
+    q, p, _, sigma, R = (jnp.asarray(a) for a in helpers.cloud(rng, "aniso", 50, P, 0, dtype=np.float32))
+    index = jka.build_index(p, sigma, R, implementation=implementation)
+    for length in (0, 5, P - 2):
+        options = {"p_lengths": length, "implementation": implementation}
+        got = jka.knn_search_aniso(q, p, sigma, R, 7, index=index, **options).idxs
+        np.testing.assert_array_equal(got, jka.knn_search_aniso(q, p, sigma, R, 7, **options).idxs)
+
+
+def test_an_index_has_no_nan_of_its_own(implementation, rng):
+    """Its empty places would stop a program under jax_debug_nans."""
+    p, _, _, sigma, R = (jnp.asarray(a) for a in helpers.cloud(rng, "aniso", 33, 33, 0, dtype=np.float32))
+    with jax.debug_nans(True):
+        jka.build_index(p, p_lengths=20, implementation=implementation)
+        jka.build_index(p, sigma, R, implementation=implementation)
 
 
 def test_entry_points_take_an_index(implementation, rng):

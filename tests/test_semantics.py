@@ -330,6 +330,20 @@ def test_infinite_coordinates(metric, implementation, rng):
         helpers.assert_close(getattr(got, name), w, 1e-12, name)
 
 
+def test_the_weight_at_infinity_is_zero_whatever_sigma(implementation, rng):
+    """exp(-sigma·inf) would be NaN where sigma is 0, and infinite where it is negative."""
+    x = helpers.cloud(rng, "iso", 3, 6, 2, dtype=np.float32)
+    x[1][1:5, 0] = [1e30, np.inf, -1e30, -np.inf]
+    x[3][1:5, 0] = [0, 0, -1, 1]
+    got = helpers.jitted("iso", 6, implementation)(x)
+    far = np.isin(got.idxs, [1, 2, 3, 4])
+    np.testing.assert_array_equal(np.isposinf(got.dists), far)
+    np.testing.assert_array_equal(np.asarray(got.w_out)[far], 0)
+    near = (x[0][:, None] - x[1][[0, 5]]).astype(np.float64)
+    w = np.exp(-x[3][[0, 5], 0] * (near**2).sum(-1))
+    helpers.assert_close(got.f_out, w @ x[2][[0, 5]].astype(np.float64), 1e-5, "f_out")
+
+
 @pytest.mark.parametrize("metric", helpers.METRICS)
 def test_a_far_neighbour_does_not_spoil_gradients(metric, implementation, rng):
     """A neighbour whose float32 distance overflows has weight 0, and so no part in the gradient of f_out or w_out."""

@@ -61,7 +61,7 @@ inline constexpr int64_t kPiecePairs = 64, kPieceTerms = 16;
 
 // Not whether there is scratch: without queries that has no elements, and may be null.
 template <class T, class TF>
-inline bool WantsPoints(const Aggregate<T, TF>& a) {
+KNN_FN bool WantsPoints(const Aggregate<T, TF>& a) {
   return a.p_bar != nullptr || a.f_bar != nullptr || a.sigma_bar != nullptr || a.R_bar != nullptr;
 }
 

@@ -14,19 +14,11 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-
 constexpr int kBlock = 64;  // pairs looked at together
 
 // A number of each pair of a block.
 template <class T>
 using Column = T[kBlock];
-
-template <class T>
-const T* AtOrNull(const Operand<const T>& operand, const Batch& batch, int64_t b) {
-  return operand.data == nullptr ? nullptr : At(operand, batch, b);
-}
 
 template <class T>
 void Store3(Vec3<T> a, T* out) {
@@ -283,7 +275,7 @@ struct Aggregator {
   // Phase 2.
 
   static constexpr int64_t kQueriesPerTask = 128;
-  static int64_t QueryTasks(const Args& args) { return Count(args.batch) * Ceil(args.Q, kQueriesPerTask); }
+  static int64_t QueryTasks(const Args& args) { return Count(args.batch) * CeilDiv(args.Q, kQueriesPerTask); }
 
   static void PrefetchQuery(const Args& args, const Queries& queries, const int32_t* idxs, int64_t b, int64_t i) {
     PrefetchRow(idxs, i, args.K);
@@ -354,7 +346,7 @@ struct Aggregator {
       V exists = V::Load(block.exists + n);
       const auto if_exists = [&exists](V x) { return Select(exists.v != 0, x, V::Broadcast(0)); };
       if constexpr (role != AggregateRole::kValue) exists = Select(value.dist.v == kInf, zero, exists);
-      const V w = if_exists(Exp(-value.exponent));
+      const V w = if_exists(Select(value.dist.v == kInf, zero, Exp(-value.exponent)));
       V w_value = w;
       if constexpr (role == AggregateRole::kValue) {
         value.dist = Select(exists.v != 0, value.dist, V::Broadcast(kInf));
@@ -415,7 +407,7 @@ struct Aggregator {
   }
 
   static void DoQueries(const Args& args, void* scratch, int64_t task) {
-    const int64_t tasks = Ceil(args.Q, kQueriesPerTask), b = task / tasks, K = args.K;
+    const int64_t tasks = CeilDiv(args.Q, kQueriesPerTask), b = task / tasks, K = args.K;
     const int64_t begin = task % tasks * kQueriesPerTask, end = Min(begin + kQueriesPerTask, args.Q);
     const Points points(args, args.batch, b);
     const Queries queries(args, b);
@@ -465,7 +457,7 @@ struct Aggregator {
   // Phase 3.
 
   static constexpr int64_t kPointsPerTask = 32;
-  static int64_t PointTasks(const Args& args) { return GroupSets(args) * Ceil(args.P, kPointsPerTask); }
+  static int64_t PointTasks(const Args& args) { return GroupSets(args) * CeilDiv(args.P, kPointsPerTask); }
 
   // Finds the queries and factors of pairs in group set c.
   struct Cursor {
@@ -480,7 +472,7 @@ struct Aggregator {
     // The pair's place in its entry.
     int64_t Seek(int64_t pair) {
       if (first < 0 || pair < first || pair >= first + row) {
-        const int64_t s = pair / row, b = FullEntry(args.batch, args.kept, c, s);
+        const int64_t s = pair / row, b = Join(Split(args.batch, args.kept), c, s);
         first = s * row;
         queries = Queries(args, b);
         factors = args.factors + b * row;
@@ -525,7 +517,7 @@ struct Aggregator {
   }
 
   static void DoPoints(const Args& args, void* scratch, int64_t task) {
-    const int64_t tasks = Ceil(args.P, kPointsPerTask), c = task / tasks;
+    const int64_t tasks = CeilDiv(args.P, kPointsPerTask), c = task / tasks;
     const int64_t begin = task % tasks * kPointsPerTask, end = Min(begin + kPointsPerTask, args.P);
     const Points points(args, args.kept, c);
     const int32_t* order = AtOrNull(args.order, args.kept, c);

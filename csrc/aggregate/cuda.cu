@@ -49,12 +49,6 @@ __device__ __forceinline__ typename M::Parameters LoadTangents(const T* sigma, c
   return M::LoadTangents(sigma == nullptr ? nullptr : sigma + M::kSigma * j, R == nullptr ? nullptr : R + M::kR * j);
 }
 
-// Arrays of one batch entry; null where the operand is not given.
-template <class Array>
-__device__ __forceinline__ Array* AtIf(const Operand<Array>& operand, const Batch& batch, int64_t b) {
-  return operand.data == nullptr ? nullptr : At(operand, batch, b);
-}
-
 template <class T>
 __device__ __forceinline__ Vec3<T> Load3If(const T* a, int64_t i) {
   return a == nullptr ? Vec3<T>{0, 0, 0} : Load3(a + 3 * i);
@@ -140,6 +134,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
     QueryKernel(const Aggregate<T, TF> args, uint32_t rows) {
   constexpr bool kFirst = kOrder == Order::kFirst, kSecond = kOrder == Order::kSecond, kGradients = kFirst || kSecond;
   constexpr int kWords = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
+  static_assert(kWords <= kTeam);
   __shared__ T fetched[kTeams][kTeam][kWords | 1];  // p, sigma, R of each lane's neighbour; odd, against bank conflicts
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
   // A query over the whole batch. A team that is left over repeats the last one, so that warps stay together.
@@ -150,7 +145,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
   const int32_t* idxs = At(args.idxs, args.batch, b) + int64_t{i} * K;
   const Vec3<T> query = Load3(At(args.q, args.batch, b) + 3 * int64_t{i});
 
-  const TF* ct_f = kGradients ? AtIf(args.ct_f, args.batch, b) : nullptr;
+  const TF* ct_f = kGradients ? AtOrNull(args.ct_f, args.batch, b) : nullptr;
   if (ct_f != nullptr) ct_f += int64_t{i} * F;
 
   // The word of a neighbour that this lane fetches for the lane that the neighbour belongs to.
@@ -173,10 +168,11 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
   const auto offset = [&] { return query - Load3(own); };
   const auto parameters = [&] { return M::Load(own + 3, own + 3 + M::kSigma); };
   const auto v_offset = [&] {
-    return Load3If(AtIf(args.v_q, args.batch, b), i) - Load3If(AtIf(args.v_p, args.batch, b), j);
+    return Load3If(AtOrNull(args.v_q, args.batch, b), i) - Load3If(AtOrNull(args.v_p, args.batch, b), j);
   };
   const auto v_parameters = [&] {
-    return LoadTangents<M>(AtIf(args.v_sigma, args.batch, b), M::kR > 0 ? AtIf(args.v_R, args.batch, b) : nullptr, j);
+    return LoadTangents<M>(AtOrNull(args.v_sigma, args.batch, b),
+                           M::kR > 0 ? AtOrNull(args.v_R, args.batch, b) : nullptr, j);
   };
   const auto fetch = [&](int start) {
     const int32_t given = start + lane < K ? idxs[start + lane] : -1;
@@ -202,7 +198,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
       j = -1;
       return;
     }
-    w = Exp(-value.exponent);
+    w = value.dist == T(INFINITY) ? T(0) : Exp(-value.exponent);
     if constexpr (kSecond) tangent = M::Tangent(parameters(), offset(), v_offset(), v_parameters());
   };
 
@@ -299,6 +295,7 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
     PieceKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, uint32_t pieces,
                 uint32_t all_pieces) {
   constexpr int kTerms = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
+  static_assert(kTerms <= kTeam && kPieceTerms == kTeam);
   struct Row {
     const TF* ct_f;
     T factor;
@@ -365,9 +362,10 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
                 Load3(At(args.q, args.batch, b) + 3 * i) - Load3(At(args.p, args.batch, b0) + 3 * int64_t{j});
             const Pair<T> weights = {factors.dist, factors.exponent};
             if constexpr (kSecond) {
-              const Vec3<T> dd = Load3If(AtIf(args.v_q, args.batch, b), i) - Load3If(AtIf(args.v_p, args.batch, b0), j);
-              const auto dm = LoadTangents<M>(AtIf(args.v_sigma, args.batch, b0),
-                                              M::kR > 0 ? AtIf(args.v_R, args.batch, b0) : nullptr, j);
+              const Vec3<T> dd =
+                  Load3If(AtOrNull(args.v_q, args.batch, b), i) - Load3If(AtOrNull(args.v_p, args.batch, b0), j);
+              const auto dm = LoadTangents<M>(AtOrNull(args.v_sigma, args.batch, b0),
+                                              M::kR > 0 ? AtOrNull(args.v_R, args.batch, b0) : nullptr, j);
               d_bar = M::SecondGradient(m, d, dd, dm, factors.a_e, weights, m_bar);
             } else {
               d_bar = M::Gradient(m, d, weights, m_bar);
@@ -426,7 +424,7 @@ template <class M, class T, class TF, int kWidth>
 __global__ void __launch_bounds__(kJoinWarps* kWarp)
     JoinKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, int64_t pieces, uint32_t points) {
   constexpr int kTerms = 3 + M::kSigma + M::kR, kLong = 32;
-  __shared__ T partial[kJoinWarps][kWarp * kWidth];
+  __shared__ alignas(sizeof(T) * kWidth) T partial[kJoinWarps][kWarp * kWidth];
   __shared__ bool is_long[kJoinWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, F = static_cast<int>(args.F);
   const int first_column = args.f_bar != nullptr ? 0 : F, last_column = WantsGeometry(args) ? F + kTerms : F;

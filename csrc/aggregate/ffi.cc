@@ -24,8 +24,6 @@ struct Masks {
   int32_t outs = 0, along = 0, want_x = 0, want_ct = 0;
 };
 
-bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
-
 template <class T, class TF>
 Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& masks, bool cuda) {
   const bool aniso = metric == MetricKind::kAnisotropic;
@@ -77,22 +75,10 @@ Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& mas
   a.w_out = in.RetIf<T>(Bit(want_y, 1), a.batch, {a.Q, a.K});
   a.dists = in.RetIf<T>(Bit(want_y, 2), a.batch, {a.Q, a.K});
   a.factors = reinterpret_cast<PairFactors<T>*>(in.RetIf<T>(points, a.batch, {a.Q, a.K, 4}));
+  if (cuda) in.CheckCount(a.Q, "B*Q");
   const int64_t pieces = (pairs + kPiecePairs - 1) / kPiecePairs;
   a.pieces = in.RetIf<T>(points && cuda, a.kept, {pieces, 2, a.F + kPieceTerms});
   return a;
-}
-
-template <class T, class TF>
-CpuKernel<Aggregate<T, TF>> BestKernel(MetricKind metric, Role role) {
-  switch (BestIsa()) {
-#define KNN_CASE(isa) \
-  case Isa::isa:      \
-    return isa::AggregateKernel<T, TF>(metric, role);
-    KNN_FOR_EACH_ISA(KNN_CASE)
-#undef KNN_CASE
-    default:
-      return baseline::AggregateKernel<T, TF>(metric, role);
-  }
 }
 
 // Calls function(T(), TF()) for the types of the operands.
@@ -111,7 +97,7 @@ ffi::Future Cpu(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRe
     using T = decltype(t);
     using TF = decltype(tf);
     const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks, /*cuda=*/false);
-    return RunCpu(pool, in, BestKernel<T, TF>(metric, role), aggregate);
+    return RunCpu(pool, in, KNN_BEST(AggregateKernel<T, TF>(metric, role)), aggregate);
   });
 }
 

@@ -50,15 +50,40 @@ KNN_FN T* At(const Operand<T>& operand, const Batch& batch, int64_t b) {
   return operand.data + offset;
 }
 
-// Where `kept` is `batch` with axes that are summed over set to 1: the entry of `batch` that is entry c of `kept` and
-// entry s of the summed axes. All three count row-major.
-KNN_FN int64_t FullEntry(const Batch& batch, const Batch& kept, int64_t c, int64_t s) {
-  int64_t b = 0, stride = 1;
-  for (int a = batch.ndim - 1; a >= 0; --a) {
-    int64_t& entry = kept.size[a] == batch.size[a] ? c : s;
-    b += entry % batch.size[a] * stride;
-    entry /= batch.size[a];
-    stride *= batch.size[a];
+template <class T>
+KNN_FN T* AtOrNull(const Operand<T>& operand, const Batch& batch, int64_t b) {
+  return operand.data == nullptr ? nullptr : At(operand, batch, b);
+}
+
+// Some batch axes are kept and some summed: an index over the kept ones and one over the summed ones, both row-major,
+// give the index over all.
+struct SplitBatch {
+  int ndim;
+  int64_t size[kMaxBatchAxes];
+  bool summed[kMaxBatchAxes];
+};
+
+KNN_FN SplitBatch Split(const Batch& batch, const Batch& kept) {
+  SplitBatch split = {};
+  split.ndim = batch.ndim;
+  for (int a = 0; a < batch.ndim; ++a) {
+    split.size[a] = batch.size[a];
+    split.summed[a] = kept.size[a] != batch.size[a];
+  }
+  return split;
+}
+
+// Short code, since it is inlined often: 32 bits are enough for entries.
+KNN_FN uint32_t Join(const SplitBatch& split, uint32_t c, uint32_t s) {
+  uint32_t b = 0, step = 1;
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
+  for (int a = split.ndim - 1; a >= 0; --a) {
+    const uint32_t n = static_cast<uint32_t>(split.size[a]), from = split.summed[a] ? s : c, rest = from / n;
+    b += (from - rest * n) * step;
+    (split.summed[a] ? s : c) = rest;
+    step *= n;
   }
   return b;
 }

@@ -26,6 +26,8 @@ std::vector<Registration> AggregateRegistrations();
 std::vector<Registration> InvertRegistrations();
 std::vector<Registration> DistortionRegistrations();
 
+inline bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
+
 // Runs `kernel` unless reading the buffers failed.
 template <class Args>
 ffi::Future RunCpu(ffi::ThreadPool& pool, Reader& in, const CpuKernel<Args>& kernel, const Args& args) {

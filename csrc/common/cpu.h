@@ -29,6 +29,14 @@ struct CpuKernel {
 #define KNN_FOR_EACH_ISA(DO) DO(baseline)
 #endif
 
+// Calls a function of the best of them.
+#ifdef KNN_X86_LEVELS
+#define KNN_BEST(...) \
+  (BestIsa() == Isa::avx512 ? avx512::__VA_ARGS__ : BestIsa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
+#else
+#define KNN_BEST(...) baseline::__VA_ARGS__
+#endif
+
 // The best of them that this machine can run, picked once. JAX_KNN_AGGREGATE_ISA=baseline|avx2|avx512 asks for a lesser
 // one, for tests.
 enum class Isa { baseline, avx2, avx512 };

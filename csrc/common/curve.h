@@ -53,7 +53,7 @@ void SortAlongCurve(const T* x, int64_t n, uint64_t* keys) {
   for (int64_t i = 0; i < n; ++i) {
     for (int a = 0; a < 3; ++a) {
       const T at = x[3 * i + a];
-      low[a] = at < low[a] ? at : low[a];
+      low[a] = at < low[a] && at >= -kMost ? at : low[a];
       high[a] = at > high[a] && at <= kMost ? at : high[a];
     }
   }

@@ -126,6 +126,11 @@ class Reader {
     if (error_.empty()) error_ = "jax_knn_aggregate: " + message;
   }
 
+  // Of what the CUDA kernels number in 32 bits.
+  void CheckCount(int64_t core, const std::string& what) {
+    if (KNN_ISA::Count(batch_) * core >= int64_t{1} << 31) Fail("the CUDA kernels need " + what + " < 2^31");
+  }
+
   // Success if everything was there, was right, and nothing is left over.
   ffi::Error Done() {
     if (next_arg_ != args_.size())

@@ -1,8 +1,8 @@
 // Scalars: rounding that does not depend on where a formula is inlined, and 16-bit storage types.
 //
-// Everything with code in it lives in namespace knn::KNN_ISA, one per instruction set that a file is compiled for:
-// inline functions of one name compiled with different -m flags would break the one-definition rule, and the linker
-// might keep the AVX-512 copy for every machine.
+// Everything with code in it lives in namespace knn::KNN_ISA, one per instruction set that a file is compiled for, or
+// is KNN_FN, always inlined: inline functions of one name compiled with different -m flags would break the
+// one-definition rule, and the linker might keep the AVX-512 copy for every machine.
 
 #ifndef KNN_COMMON_NUMERIC_H_
 #define KNN_COMMON_NUMERIC_H_
@@ -51,6 +51,10 @@ struct Half {
 }  // namespace knn
 
 namespace knn::KNN_ISA {
+
+KNN_FN constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+KNN_FN constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+KNN_FN constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // a·b + c. Written out wherever a product is added, and files are compiled without contraction, so that a distance has
 // the same bits in the search that ranks it and in the kernel that returns it.
@@ -102,11 +106,12 @@ KNN_FN float Widen(Half x) {
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // Shifting exponent and mantissa into place leaves the exponent 112 too small, for subnormals as well; infinity and
-  // NaN must have the largest exponent instead.
-  const uint32_t body =
-      magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : FloatToBits(BitsToFloat(magnitude << 13) * 0x1p112f);
-  return BitsToFloat(sign | body);
+  // Shifting exponent and mantissa into place leaves the exponent 112 too small; infinity and NaN must have the largest
+  // exponent instead. Subnormal halves are normal floats, and no subnormal float may arise on the way: XLA's threads
+  // read those as 0.
+  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
+  const uint32_t subnormal = FloatToBits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return BitsToFloat(sign | (magnitude < 0x400u ? subnormal : normal));
 #endif
 }
 

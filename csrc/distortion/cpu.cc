@@ -13,10 +13,6 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Moves lanes `step` on in the direction of the sweep; those that come free are filled with the last ones of `before`.
 template <bool kForward, int step, class T, int... lane>
 KNN_FN Vec<T> Shift(Vec<T> before, Vec<T> x, std::integer_sequence<int, lane...>) {
@@ -99,11 +95,6 @@ KNN_FN void Store(Vec<T> x, int64_t n, T* a) {
   std::memcpy(a, &x, n * sizeof(T));
 }
 
-template <class T>
-const T* AtOrNull(const Operand<const T>& operand, const Batch& batch, int64_t b) {
-  return operand.data == nullptr ? nullptr : At(operand, batch, b);
-}
-
 template <class T, bool kTangents>
 struct Rays {
   using Args = Distortion<T>;
@@ -128,7 +119,7 @@ struct Rays {
   }
 
   static int64_t RowsPerTask(const Args& args) { return Max(1, 16384 * Rows(args) / (args.N + Rows(args))); }
-  static int64_t Tasks(const Args& args) { return Ceil(Count(args.batch) * Rows(args), RowsPerTask(args)); }
+  static int64_t Tasks(const Args& args) { return CeilDiv(Count(args.batch) * Rows(args), RowsPerTask(args)); }
 
   static void Run(const Args& args, void* /*scratch*/, int64_t task) {
     const int64_t rows = Count(args.batch) * Rows(args), first = task * RowsPerTask(args);
@@ -174,7 +165,7 @@ struct Rays {
 
     if (w_bar != nullptr || m_bar != nullptr) {
       Sweep<false, T, N> sweep;
-      for (int64_t i = (Ceil(length, kLanes) - 1) * kLanes; i >= 0; i -= kLanes) {
+      for (int64_t i = (CeilDiv(length, kLanes) - 1) * kLanes; i >= 0; i -= kLanes) {
         const int64_t n = Min(kLanes, length - i);
         const N w_i = Read(w, v_w, i, n);
         const Side<N> right = sweep.Next(w_i, Read(m, v_m, i, n));
@@ -209,7 +200,7 @@ struct Rays {
 };
 
 constexpr int64_t kOffsetsPerTask = 1024;
-int64_t OffsetTasks(const RayOffsets& args) { return Ceil(Count(args.batch) * (args.R + 1), kOffsetsPerTask); }
+int64_t OffsetTasks(const RayOffsets& args) { return CeilDiv(Count(args.batch) * (args.R + 1), kOffsetsPerTask); }
 
 void FindOffsets(const RayOffsets& args, void* /*scratch*/, int64_t task) {
   const int64_t end = Min((task + 1) * kOffsetsPerTask, Count(args.batch) * (args.R + 1));

@@ -17,9 +17,9 @@ struct Distortion {
 
   Operand<const int32_t> offsets;  // [R + 1]: ray r has samples [offsets[r], offsets[r + 1]); null: R is 1, all N
 
-  Operand<const T> w, m;                  // [N]
-  Operand<const T> interval;              // [N], or [1] if shared
-  bool shared_interval;                   //
+  Operand<const T> w, m;      // [N]
+  Operand<const T> interval;  // [N], or [1] if shared
+  bool shared_interval;
   Operand<const T> v_w, v_m, v_interval;  // tangents; null means zero
   Operand<const T> ct;                    // [R], cotangent of the loss; given where a gradient is wanted
 
@@ -30,12 +30,12 @@ struct Distortion {
 };
 
 template <class T>
-inline bool HasTangents(const Distortion<T>& a) {
+KNN_FN bool HasTangents(const Distortion<T>& a) {
   return a.v_w.data != nullptr || a.v_m.data != nullptr || a.v_interval.data != nullptr;
 }
 
 template <class T>
-inline bool WantsGradients(const Distortion<T>& a) {
+KNN_FN bool WantsGradients(const Distortion<T>& a) {
   return a.w_bar != nullptr || a.m_bar != nullptr || a.interval_bar != nullptr;
 }
 

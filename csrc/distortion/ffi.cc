@@ -14,8 +14,6 @@
 namespace knn {
 namespace {
 
-bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
-
 template <class T>
 Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want) {
   Distortion<T> a = {};
@@ -56,25 +54,12 @@ RayOffsets Read(Reader& in) {
   return a;
 }
 
-template <class T>
-CpuKernel<Distortion<T>> BestKernel(const Distortion<T>& args) {
-  switch (BestIsa()) {
-#define KNN_CASE(isa) \
-  case Isa::isa:      \
-    return isa::DistortionKernel(args);
-    KNN_FOR_EACH_ISA(KNN_CASE)
-#undef KNN_CASE
-    default:
-      return baseline::DistortionKernel(args);
-  }
-}
-
 template <bool flat>
 ffi::Future Cpu(ffi::ThreadPool pool, int32_t along, int32_t want, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, 1);
   const auto run = [&](auto t) {
     const auto distortion = Read<decltype(t)>(in, flat, along, want);
-    return RunCpu(pool, in, BestKernel(distortion), distortion);
+    return RunCpu(pool, in, KNN_BEST(DistortionKernel(distortion)), distortion);
   };
   return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());
 }

@@ -35,7 +35,9 @@ KNN_FN double Sqrt(double a) { return std::sqrt(a); }
 //
 // and (M⁻¹)_aa = C_a / (s c₀). Laguerre's iteration from 0 rises to the least root and does not pass it; three steps
 // reach it. Rounding may move a triple root by 10⁻⁵ of it. Sigmas below the least normal number count as that: their
-// products may underflow. Whatever overflows ends as NaN or infinity, and so as no bound.
+// products may underflow. A row whose square underflows counts as 0. A w that underflows counts only where the bound is
+// 0 all the same (tight is 0 unless all w are above 2⁻¹⁰⁰ s), or s is so small that it is made 0. Whatever overflows
+// ends as NaN or infinity, and so as no bound.
 template <class T, class D>
 KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
   const D zero = Number<D>(0), one = Number<D>(1), least = Number<D>(Precision<T>::kLeast);
@@ -47,7 +49,7 @@ KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
     squares[i] = row[0] * row[0] + row[1] * row[1] + row[2] * row[2];
     const D norm = Sqrt(Max(squares[i], Number<D>(DBL_MIN)));
     for (int c = 0; c < 3; ++c) r[3 * i + c] = row[c] / norm;
-    w[i] = sigma[i] * squares[i];
+    w[i] = sigma[i] * Max(squares[i] - Number<D>(DBL_MIN), zero);
     s = s + w[i];
     noise = noise + Max(sigma[i], least) * squares[i];
   }
@@ -72,18 +74,19 @@ KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
     x = x - Scale(3, f) / (df + Sqrt(Max(Scale(4, df * df) - Scale(6, f * ddf), zero)));
   }
   const D kappa = Scale(4 * Precision<T>::kEpsilon, Sqrt(noise / s)), root = Sqrt(x * slack);
-  const D tight = Max(one - kappa / root, zero), scale = s * tight * tight;
+  const D tight = Max(one - kappa / root, zero);
+  const D scale = Max(s - Number<D>(DBL_MIN * 0x1p110), zero) * tight * tight;
   Factors<D> squared = {scale * x * slack, {}};
   for (int a = 0; a < 3; ++a) squared.axis[a] = scale * c0 / cofactor[a] * slack;
   return squared;
 }
 
-// Rounded down, generously.
+// Rounded down, generously; to 0 below the least normal number, where rounding errors are not relative.
 template <class T>
 KNN_FN T RoundDown(double x) {
-  constexpr double kMost = Precision<T>::kMost;
+  constexpr double kLeast = Precision<T>::kLeast, kMost = Precision<T>::kMost;
   constexpr T kDown = 1 - 16 * Precision<T>::kEpsilon;
-  return kDown * static_cast<T>(x > 0 ? (x < kMost ? x : kMost) : 0);
+  return kDown * static_cast<T>(x > kLeast ? (x < kMost ? x : kMost) : 0);
 }
 
 // lambda and axis of a point.

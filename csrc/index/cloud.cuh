@@ -8,6 +8,7 @@
 
 #include "common/cuda.cuh"
 #include "common/metric.h"
+#include "index/index.h"
 
 namespace knn::KNN_ISA {
 
@@ -36,7 +37,7 @@ struct Cloud {
   }
 };
 
-// Whether all numbers are finite; other points have no finite distance.
+// Whether all numbers are finite; other points have no finite distance, and none of −inf unless sigma has a negative.
 template <class M, class T>
 __device__ __forceinline__ bool IsFinite(Vec3<T> p, const typename M::Parameters& m) {
   bool finite = isfinite(p.x) && isfinite(p.y) && isfinite(p.z);
@@ -48,7 +49,13 @@ __device__ __forceinline__ bool IsFinite(Vec3<T> p, const typename M::Parameters
   return finite;
 }
 
-// Never less than the metric's Magnitude.
+template <class M>
+__device__ __forceinline__ bool HasNegative(const typename M::Parameters& m) {
+  if constexpr (M::kR > 0) return m.sigma.x < 0 || m.sigma.y < 0 || m.sigma.z < 0;
+  return false;
+}
+
+// Not less than the metric's Magnitude, unless that is beyond the largest float.
 template <class M>
 __device__ __forceinline__ float MagnitudeOf(const typename M::Parameters& m) {
   return __double2float_ru(fmin(M::Magnitude(m), double(FLT_MAX)));
@@ -84,7 +91,6 @@ struct Extent {
     }
   }
 
-  __device__ __forceinline__ bool IsEmpty() const { return key[0] == 0; }
   __device__ __forceinline__ Vec3<float> High() const { return {FromKey(key[0]), FromKey(key[1]), FromKey(key[2])}; }
   __device__ __forceinline__ Vec3<float> Low() const { return {-FromKey(key[3]), -FromKey(key[4]), -FromKey(key[5])}; }
   __device__ __forceinline__ float Magnitude() const { return FromKey(key[6]); }
@@ -92,6 +98,7 @@ struct Extent {
 
 constexpr int kExtentThreads = 2 * kWarp;  // of a block; many small ones keep more multiprocessors busy
 constexpr int kParts = kExtentThreads;     // in which a cloud's extent is found
+static_assert(kParts * sizeof(Extent) == kExtentsBytes);
 
 // extents [clouds, kParts], each of some of the finite points of a cloud. Launched with clouds · kParts blocks.
 template <class M, class T, class Args>

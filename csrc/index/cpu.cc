@@ -18,8 +18,6 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T, template <class> class Metric>
 struct Builder {
   static constexpr bool kAnisotropic = Metric<T>::kKind == MetricKind::kAnisotropic;
@@ -60,7 +58,7 @@ struct Builder {
     }
     static int64_t RangeBytes() { return (2 << kSplits) * sizeof(Range); }
     static int64_t Bytes(const BuildIndex<T>& x) {
-      return RangeBytes() + Ceil(ShapeOfIndex(x.P).leaves * kLeafSize * sizeof(Item), 64) * 64;
+      return RangeBytes() + CeilDiv(ShapeOfIndex(x.P).leaves * kLeafSize * sizeof(Item), 64) * 64;
     }
     T* Row(int64_t group, int row) const { return nodes + (group * kNodeRows + row) * kFanOut; }
   };
@@ -70,7 +68,7 @@ struct Builder {
   // Phase 1.
 
   static constexpr int64_t kItemsPerTask = 4096;
-  static int64_t TasksOfCloud(const BuildIndex<T>& x) { return std::max<int64_t>(Ceil(x.P, kItemsPerTask), 1); }
+  static int64_t TasksOfCloud(const BuildIndex<T>& x) { return std::max<int64_t>(CeilDiv(x.P, kItemsPerTask), 1); }
   static int64_t GatherTasks(const BuildIndex<T>& x) { return Count(x.batch) * TasksOfCloud(x); }
 
   static bool Finite(const T* a, int n) {
@@ -81,10 +79,13 @@ struct Builder {
 
   // What decides a point's place. The position of a point without a bound does not matter.
   static Item ItemOf(const T* p, const T* sigma, const T* R, int64_t i) {
+    p += 3 * i;
     Item item = {{0, 0, 0}, kLeftOut, -1};
     bool finite = Finite(p, 3), negative = false;
     double trace = 1;
     if constexpr (kAnisotropic) {
+      sigma += 3 * i;
+      R += 9 * i;
       finite = finite && Finite(sigma, 3) && Finite(R, 9);
       negative = sigma[0] < 0 || sigma[1] < 0 || sigma[2] < 0;
       trace = 0;
@@ -109,7 +110,7 @@ struct Builder {
     const int64_t begin = task % tasks * kItemsPerTask;
     const int64_t end = std::min(begin + kItemsPerTask, cloud.shape.leaves * kLeafSize);
     for (int64_t i = begin; i < end; ++i) {
-      cloud.items[i] = i < length ? ItemOf(p + 3 * i, sigma + 3 * i, R + 9 * i, i) : Item{{0, 0, 0}, kLeftOut, -1};
+      cloud.items[i] = i < length ? ItemOf(p, sigma, R, i) : Item{{0, 0, 0}, kLeftOut, -1};
     }
   }
 
@@ -205,14 +206,14 @@ struct Builder {
     for (int l = 0; l < kLeafSize; ++l) {
       const Item& item = cloud.items[leaf * kLeafSize + l];
       T* row = cloud.leaves + leaf * kRows * kLeafSize + l;
-      const auto write = [&row, exists = item.idx >= 0](T value) {
-        *row = exists ? value : std::numeric_limits<T>::quiet_NaN();
+      const auto write = [&row, exists = item.idx >= 0](T value, T missing) {
+        *row = exists ? value : missing;
         row += kLeafSize;
       };
       const int64_t i = std::max(item.idx, 0);
-      for (int c = 0; c < 3; ++c) write(p[3 * i + c]);
-      for (int c = 0; c < 3 && kAnisotropic; ++c) write(sigma[3 * i + c]);
-      for (int c = 0; c < 9 && kAnisotropic; ++c) write(R[9 * i + c]);
+      for (int c = 0; c < 3; ++c) write(p[3 * i + c], kInf);
+      for (int c = 0; c < 3 && kAnisotropic; ++c) write(sigma[3 * i + c], 0);
+      for (int c = 0; c < 9 && kAnisotropic; ++c) write(R[9 * i + c], 0);
       cloud.order[leaf * kLeafSize + l] = item.idx;
     }
   }
@@ -304,6 +305,7 @@ struct Builder {
                                                         {&SplitTasks<3>, &SplitOnce<3>},
                                                         {&FinishTasks, &Finish},
                                                         {&Clouds, &WriteUpper}}};
+  static_assert(kKernel.phases[kBuildPhases - 1].run != nullptr && kKernel.phases[kBuildPhases].run == nullptr);
 };
 
 }  // namespace

@@ -12,21 +12,18 @@ namespace {
 constexpr int kThreads = 256;
 
 // A sort key, from its highest bit on: the cloud; whether the point is left out; whether it has no bound; how small its
-// metric is; its place on the curve. One bound for metrics of very different sizes would be loose for most of them, so
-// sizes that differ by more than 2^kLogSizes, starting from the largest, go apart.
+// metric is; its place on the curve, without as many of its lowest bits as clouds leave no room for. One bound for
+// metrics of very different sizes would be loose for most of them, so sizes that differ by more than 2^kLogSizes,
+// starting from the largest, go apart.
 constexpr int kSizeBits = 4, kPlaceBits = 3 * kCurveBits, kPointBits = kPlaceBits + kSizeBits + 2;
 constexpr uint64_t kLeftOut = uint64_t{1} << (kPointBits - 1), kUnbounded = kLeftOut >> 1;
 constexpr float kLogSizes = 6;
 
-template <class M, class T>
-__device__ __forceinline__ bool IsBounded(const typename M::Parameters& m) {
-  if constexpr (M::kR > 0) return m.sigma.x >= 0 && m.sigma.y >= 0 && m.sigma.z >= 0;
-  return true;
-}
+static_assert(kLeafSize == kWarp && kFanOut == kWarp, "a lane holds a point of a leaf, or a node of a group");
 
 template <class M, class T>
-__global__ void __launch_bounds__(kThreads)
-    Keys(const BuildIndex<T> args, unsigned blocks_per_cloud, const Extent* extents, uint64_t* keys, int32_t* points) {
+__global__ void __launch_bounds__(kThreads) Keys(const BuildIndex<T> args, unsigned blocks_per_cloud, int drop,
+                                                 const Extent* extents, uint64_t* keys, int32_t* points) {
   __shared__ Extent extent;
   const unsigned c = blockIdx.x / blocks_per_cloud;
   const int64_t j = int64_t{blockIdx.x % blocks_per_cloud} * kThreads + threadIdx.x;
@@ -46,10 +43,12 @@ __global__ void __launch_bounds__(kThreads)
       const float smaller = log2f(extent.Magnitude()) - log2f(MagnitudeOf<M>(m));
       const unsigned size = static_cast<unsigned>(fminf(fmaxf(smaller / kLogSizes, 0.0f), (1 << kSizeBits) - 1));
       key = uint64_t{size} << kPlaceBits | PlaceOnCurve(at, extent.Low(), extent.High());
-      if (!IsBounded<M, T>(m)) key |= kUnbounded;
+      if (HasNegative<M>(m)) key |= kUnbounded;
+    } else if (HasNegative<M>(m)) {
+      key = kUnbounded;
     }
   }
-  keys[c * args.P + j] = uint64_t{c} << kPointBits | key;
+  keys[c * args.P + j] = uint64_t{c} << (kPointBits - drop) | key >> drop;
   points[c * args.P + j] = static_cast<int32_t>(j);
 }
 
@@ -85,7 +84,7 @@ struct NodeBounds {
 // A warp per leaf, and per place for one in the last group.
 template <class M, class T>
 __global__ void __launch_bounds__(kThreads)
-    Leaves(const BuildIndex<T> args, const IndexShape shape, int64_t warps_per_cloud, int64_t warps,
+    Leaves(const BuildIndex<T> args, const IndexShape shape, int64_t warps_per_cloud, int64_t warps, int drop,
            const uint64_t* keys, const int32_t* points) {
   constexpr int kRows = kLeafRows<M::kKind>;
   const int lane = threadIdx.x % kWarp;
@@ -93,11 +92,11 @@ __global__ void __launch_bounds__(kThreads)
   if (warp >= warps) return;
   const int64_t c = warp / warps_per_cloud, leaf = warp % warps_per_cloud;
   const int64_t at = leaf * kLeafSize + lane;
-  const bool exists = at < args.P && (keys[c * args.P + at] & kLeftOut) == 0;
+  const bool exists = at < args.P && (keys[c * args.P + at] & kLeftOut >> drop) == 0;
   NodeBounds<T> node;
   T rows[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) rows[r] = T(NAN);
+  for (int r = 0; r < kRows; ++r) rows[r] = r < 3 ? T(INFINITY) : T(0);
   int32_t j = -1;
   if (exists) {
     j = points[c * args.P + at];
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 3; r < kRows; ++r) rows[r] = of_metric[r - 3];
 #pragma unroll
     for (int a = 0; a < 3; ++a) node.low[a] = node.high[a] = rows[a];
-    if (IsBounded<M, T>(m)) {
+    if (!HasNegative<M>(m)) {
       const Factors<double> factors = FactorsOf<T>(m);
       node.base = 0;
       node.factor[0] = RoundDown<T>(factors.lambda);
@@ -169,8 +168,9 @@ cudaError_t Launch(const BuildIndex<T>& args, void* scratch, int64_t bytes, cuda
   auto* points = reinterpret_cast<int32_t*>(keys + 2 * total);
   auto* extents = reinterpret_cast<Extent*>(points + 2 * total);
   const int64_t used = CeilDiv(24 * total + clouds * kParts * int64_t{sizeof(Extent)}, 256) * 256;
-  int bits = kPointBits;
-  while (bits < 64 && (clouds - 1) >> (bits - kPointBits) != 0) ++bits;
+  int cloud_bits = 0;
+  while ((clouds - 1) >> cloud_bits != 0) ++cloud_bits;
+  const int drop = max(0, kPointBits + cloud_bits - 64), bits = kPointBits - drop + cloud_bits;
   cub::DoubleBuffer<uint64_t> key_buffers(keys, keys + total);
   cub::DoubleBuffer<int32_t> point_buffers(points, points + total);
   size_t needed = 0;
@@ -182,13 +182,13 @@ cudaError_t Launch(const BuildIndex<T>& args, void* scratch, int64_t bytes, cuda
   FindExtents<M, T><<<static_cast<unsigned>(clouds * kParts), kExtentThreads, 0, stream>>>(args, args.batch, extents);
   if (error = cudaGetLastError(); error != cudaSuccess) return error;
   Keys<M, T><<<static_cast<unsigned>(clouds * key_blocks), kThreads, 0, stream>>>(
-      args, static_cast<unsigned>(key_blocks), extents, keys, points);
+      args, static_cast<unsigned>(key_blocks), drop, extents, keys, points);
   if (error = cudaGetLastError(); error != cudaSuccess) return error;
   error = cub::DeviceRadixSort::SortPairs(static_cast<char*>(scratch) + used, needed, key_buffers, point_buffers, total,
                                           0, bits, stream);
   if (error != cudaSuccess) return error;
   const auto grid = [](int64_t warps) { return static_cast<unsigned>(CeilDiv(warps * kWarp, kThreads)); };
-  Leaves<M, T><<<grid(clouds * places), kThreads, 0, stream>>>(args, shape, places, clouds * places,
+  Leaves<M, T><<<grid(clouds * places), kThreads, 0, stream>>>(args, shape, places, clouds * places, drop,
                                                                key_buffers.Current(), point_buffers.Current());
   if (error = cudaGetLastError(); error != cudaSuccess) return error;
   for (int level = 1; level < shape.levels; ++level) {

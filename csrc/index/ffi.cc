@@ -31,22 +31,9 @@ BuildIndex<T> Read(Reader& in, MetricKind metric) {
 }
 
 template <class T>
-CpuKernel<BuildIndex<T>> BestKernel(MetricKind metric) {
-  switch (BestIsa()) {
-#define KNN_CASE(isa) \
-  case Isa::isa:      \
-    return isa::BuildIndexKernel<T>(metric);
-    KNN_FOR_EACH_ISA(KNN_CASE)
-#undef KNN_CASE
-    default:
-      return baseline::BuildIndexKernel<T>(metric);
-  }
-}
-
-template <class T>
 ffi::Future CpuOf(ffi::ThreadPool& pool, Reader& in, MetricKind metric) {
   const BuildIndex<T> args = Read<T>(in, metric);
-  return RunCpu(pool, in, BestKernel<T>(metric), args);
+  return RunCpu(pool, in, KNN_BEST(BuildIndexKernel<T>(metric)), args);
 }
 
 template <MetricKind metric>
@@ -67,6 +54,7 @@ ffi::Error CudaOf(cudaStream_t stream, Reader& in, MetricKind metric) {
   const BuildIndex<T> args = Read<T>(in, metric);
   const int64_t bytes = in.NextRetSize();
   void* scratch = in.Ret<uint8_t>(Batch{}, {bytes});
+  in.CheckCount(args.P, "B*P");
   return RunCuda(in, [&] { return LaunchBuildIndex(args, metric, scratch, bytes, stream); });
 }
 

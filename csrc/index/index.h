@@ -38,6 +38,9 @@ inline constexpr int kLeafSize = 32;  // points of a leaf
 inline constexpr int kFanOut = 32;    // nodes of a group
 inline constexpr int kMaxLevels = 7;  // for 2³¹ points
 
+// Scratch of the CUDA kernels: what they find out about the extent of a cloud (cloud.cuh).
+inline constexpr int64_t kExtentsBytes = 64 * 28;
+
 // Rows of a group.
 enum NodeRow { kLow = 0, kHigh = 3, kBase = 6, kLambda = 7, kAxis = 8, kNodeRows = 11 };
 
@@ -52,7 +55,7 @@ struct IndexShape {
   int64_t nodes[kMaxLevels], first_group[kMaxLevels + 1];
 };
 
-inline IndexShape ShapeOfIndex(int64_t P) {
+KNN_FN IndexShape ShapeOfIndex(int64_t P) {
   IndexShape shape = {};
   shape.leaves = (P + kLeafSize - 1) / kLeafSize;
   for (int64_t nodes = shape.leaves;;) {
@@ -68,13 +71,14 @@ inline IndexShape ShapeOfIndex(int64_t P) {
 // An index as the search reads it. Batch axes as those of the search's operands.
 template <class T>
 struct Index {
-  Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; a missing point is NaN
+  Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; a missing one has p = +inf
   Operand<const int32_t> order;  // [leaves, kLeafSize]: which point this is, −1 for a missing one
   Operand<const T> nodes;        // [groups, kNodeRows, kFanOut]
 };
 
-// What the builder takes. Left out are points from `lengths` on and points with a number that is not finite: these have
-// no finite distance, and the search finds them without an index in the rare case that it needs them.
+// What the builder takes. Left out are points from `lengths` on, and points with a number that is not finite and no
+// negative sigma: their distances are +inf or NaN, and the search finds them without an index in the rare case that it
+// needs them.
 template <class T>
 struct BuildIndex {
   Batch batch;

@@ -16,7 +16,7 @@ void Run(const Invert& v, void* /*scratch*/, int64_t task) {
 
   std::memset(offsets, 0, (v.P + 1) * sizeof *offsets);
   for (int64_t s = 0; s < rows; ++s) {
-    const int32_t* idxs = v.idxs + FullEntry(v.batch, v.kept, task, s) * v.row;
+    const int32_t* idxs = v.idxs + Join(Split(v.batch, v.kept), task, s) * v.row;
     for (int64_t i = 0; i < v.row; ++i) ++offsets[group(idxs[i])];
   }
   int32_t sum = 0;
@@ -27,7 +27,7 @@ void Run(const Invert& v, void* /*scratch*/, int64_t task) {
   }
   // Placing a group's pairs moves its offset from its begin to its end, the begin of the next.
   for (int64_t s = 0; s < rows; ++s) {
-    const int32_t* idxs = v.idxs + FullEntry(v.batch, v.kept, task, s) * v.row;
+    const int32_t* idxs = v.idxs + Join(Split(v.batch, v.kept), task, s) * v.row;
     for (int64_t i = 0; i < v.row; ++i) order[offsets[group(idxs[i])]++] = static_cast<int32_t>(s * v.row + i);
   }
   for (int64_t j = v.P; j > 0; --j) offsets[j] = offsets[j - 1];

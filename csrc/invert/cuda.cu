@@ -15,8 +15,8 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kTurns = 4;                 // pairs of a thread
 constexpr int kTile = kTurns * kThreads;  // pairs that a block counts or places
-constexpr int kColumns = 32;              // groups whose counts a block sums
-constexpr int64_t kMaxCounted = 8192;     // points that a counting sort is for; their counts fit shared memory
+static_assert(kTile == kCountedTile);
+constexpr int kColumns = 32;  // groups whose counts a block sums
 
 // The group of pair `number` in entry c of `kept`: its point, or P, behind all points, where there is no neighbour.
 __device__ __forceinline__ int32_t GroupOf(const Invert& args, const SplitBatch& split, uint32_t c, uint32_t number) {

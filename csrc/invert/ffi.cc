@@ -28,22 +28,10 @@ Invert Read(Reader& in) {
   return v;
 }
 
-CpuKernel<Invert> BestKernel() {
-  switch (BestIsa()) {
-#define KNN_CASE(isa) \
-  case Isa::isa:      \
-    return isa::InvertKernel();
-    KNN_FOR_EACH_ISA(KNN_CASE)
-#undef KNN_CASE
-    default:
-      return baseline::InvertKernel();
-  }
-}
-
 ffi::Future Cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, 2);
   const Invert invert = Read(in);
-  return RunCpu(pool, in, BestKernel(), invert);
+  return RunCpu(pool, in, KNN_BEST(InvertKernel()), invert);
 }
 
 XLA_FFI_DEFINE_HANDLER(kCpu, Cpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets());

@@ -7,6 +7,9 @@
 
 namespace knn {
 
+// On CUDA: points that a counting sort is for, as their counts fit shared memory, and pairs that it counts together.
+inline constexpr int64_t kMaxCounted = 8192, kCountedTile = 2048;
+
 struct Invert {
   Batch batch;    // of idxs
   Batch kept;     // 1 along axes whose pairs fall into the same groups

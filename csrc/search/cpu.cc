@@ -20,10 +20,7 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
-
+static_assert(kLeafSize == 32 && kFanOut == 32, "a bit of a word for each point of a leaf, or node of a group");
 constexpr int kRun = 64;  // candidates sorted at a time, a bit of a word for each
 
 // Points that a query has found. A place is a point's number in the leaves.
@@ -136,11 +133,16 @@ struct Searcher {
 
   static bool Builds(const Search<T>& s) { return s.index.leaves.data == nullptr; }
 
-  static BuildIndex<T> Build(const Search<T>& s, void* scratch) {
+  // Without memory for the results.
+  static BuildIndex<T> Build(const Search<T>& s) {
     BuildIndex<T> build = {Clouds(s), s.P, s.p, s.sigma, s.R, s.lengths, nullptr, nullptr, nullptr, false};
     // Sorting a point takes as long as its distances to so many queries.
     constexpr int64_t kFewQueries = 400;
     build.plain = Count(s.batch) * s.Q < kFewQueries * Count(build.batch);
+    return build;
+  }
+  static BuildIndex<T> Build(const Search<T>& s, void* scratch) {
+    BuildIndex<T> build = Build(s);
     const Layout at(s, Count(build.batch));
     char* memory = static_cast<char*>(scratch);
     build.leaves = reinterpret_cast<T*>(memory + at.leaves);
@@ -175,7 +177,7 @@ struct Searcher {
       end = 0;
       const auto take = [this](int64_t n, int64_t bytes) {
         const int64_t begin = end;
-        end += Ceil(n * bytes, 64) * 64;
+        end += CeilDiv(n * bytes, 64) * 64;
         return begin;
       };
       keys = take(Count(s.batch) * 2 * s.Q, sizeof(uint64_t));
@@ -189,13 +191,13 @@ struct Searcher {
 
   static int64_t ScratchBytes(const Search<T>& s) {
     if (!Builds(s)) return Layout(s, 0).end;
-    const BuildIndex<T> build = Build(s, nullptr);
+    const BuildIndex<T> build = Build(s);
     return Layout(s, Count(build.batch)).builder + BuildIndexKernel<T>(kKind).scratch_bytes(build);
   }
 
   template <int phase>
   static int64_t BuildTasks(const Search<T>& s) {
-    return Builds(s) ? BuildIndexKernel<T>(kKind).phases[phase].tasks(Build(s, nullptr)) : 0;
+    return Builds(s) ? BuildIndexKernel<T>(kKind).phases[phase].tasks(Build(s)) : 0;
   }
   template <int phase>
   static void RunBuild(const Search<T>& s, void* scratch, int64_t task) {
@@ -224,16 +226,16 @@ struct Searcher {
   static constexpr int kSeeds = 64;
 
   // Candidates of one query. A leaf's may go behind the capacity that counts.
-  static int64_t Capacity(const Search<T>& s) { return Ceil(2 * s.K, kRun) * kRun; }
+  static int64_t Capacity(const Search<T>& s) { return CeilDiv(2 * s.K, kRun) * kRun; }
   static int64_t CandidateBytes(const Search<T>& s) {
     return (kTogether + 1) * (Capacity(s) + kRun) * (sizeof(T) + sizeof(int32_t));
   }
 
-  static int64_t Packets(const Search<T>& s) { return Ceil(s.Q, kTogether); }
+  static int64_t Packets(const Search<T>& s) { return CeilDiv(s.Q, kTogether); }
   static int64_t Tasks(const Search<T>& s) {
     constexpr int64_t kMost = 256, kMostBytes = 64 << 20, kPackets = 16;
     const int64_t fit = Max(kMostBytes / CandidateBytes(s), 1);
-    return Min(Ceil(Count(s.batch) * Packets(s), kPackets), Min(fit, kMost));
+    return Min(CeilDiv(Count(s.batch) * Packets(s), kPackets), Min(fit, kMost));
   }
 
   using Dists = T[kTogether][kLeafSize];
@@ -245,6 +247,7 @@ struct Searcher {
     const T* nodes;
     IndexShape shape;
     int64_t K, capacity;
+    int32_t length;
 
     Vec3<T> q[kTogether], finite_q[kTogether];
     Candidates<T> candidates[kTogether];
@@ -287,6 +290,14 @@ struct Searcher {
     }
   }
 
+  // The points of a leaf, a bit for each, without those that the index has but the search's own lengths leave out.
+  static uint32_t Existing(const Work& w, int32_t leaf) {
+    const int32_t* order = w.order + leaf * kLeafSize;
+    uint32_t mask = 0;
+    for (int l = 0; l < kLeafSize; ++l) mask |= order[l] < w.length ? uint32_t(1) << l : 0;
+    return mask;
+  }
+
   static void Take(Work& w, int32_t leaf, const Dists& dists) {
     for (int i = 0; i < kTogether; ++i) {
       Candidates<T>& c = w.candidates[i];
@@ -295,6 +306,7 @@ struct Searcher {
       uint32_t within = 0;
       for (int l = 0; l < kLeafSize; l += V::kLanes) within |= LessEqualMask(V::Load(dists[i] + l), bound) << l;
       if (within == 0) continue;
+      within &= Existing(w, leaf);
       for (int l = 0; l < kLeafSize; l += V::kLanes, within >>= V::kLanes % 32) {
         const uint32_t mask = within & ((uint64_t(1) << V::kLanes) - 1);
         c.n += Append(mask, V::Load(dists[i] + l), leaf * kLeafSize + l, c.dist + c.n, c.place + c.n);
@@ -419,6 +431,7 @@ struct Searcher {
         w.leaves = At(index.leaves, s.batch, b);
         w.order = At(index.order, s.batch, b);
         w.nodes = At(index.nodes, s.batch, b);
+        w.length = *At(s.lengths, s.batch, b);
         w.candidates[kTogether - 1].n = 0;
         last_b = b;
       }

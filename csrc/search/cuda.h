@@ -7,15 +7,12 @@
 
 namespace knn {
 
-inline constexpr int kCudaMaxK = 256;
-
 // 1 <= K <= min(P, kCudaMaxK). `scratch` is aligned to 16 bytes; cudaErrorMemoryAllocation if `bytes` of it are too
 // few.
 template <class T>
 cudaError_t LaunchSearch(const Search<T>& args, MetricKind metric, void* scratch, int64_t bytes, cudaStream_t stream);
 
 // Its three ways. The first needs args.index, the second float and K <= kFilterMaxK.
-inline constexpr int kFilterMaxK = 32;
 template <class T>
 cudaError_t LaunchTreeSearch(const Search<T>& args, MetricKind metric, void* scratch, int64_t bytes,
                              cudaStream_t stream);

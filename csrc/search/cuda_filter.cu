@@ -10,12 +10,11 @@
 //      each query. K groups have a point no further than the K-th smallest of these minima, so the K nearest are that
 //      near.
 //   2. Lower bounds of the distances. Points whose lower bound is within that radius are candidates: of thousands,
-//   hardly
-//      more than K.
+//      hardly more than K.
 //
 // Candidates' distances are then computed as everywhere, and sorted. Where the bounds fail to separate (too many
-// candidates: huge cancellation, many ties) or do not apply (numbers out of range), a warp compares the query with all
-// points.
+// candidates: huge cancellation, many ties) or do not apply (numbers out of range; a candidate that lowered the radius
+// but has no distance), a warp compares the query with all points.
 //
 // Numbers. Positions are taken relative to the centre of the cloud's box and scaled by a power of two so that |p| <= 1;
 // coefficients are scaled by a power of two so that the largest are near 2⁷. A number x is split into two halves,
@@ -24,14 +23,18 @@
 // dimension do: two instructions for 16 queries and 8 points. With the radius in the product, pass 2 reads signs.
 //
 // The bound. All terms of the polynomial together are at most S = m (1 + r)², with r = max_a |q_a| and m the metric's
-// Magnitude. With ε = 2⁻²⁴, relative to S: the query's position is rounded by ε, 2ε; splitting, twice, and leaving out
-// x_l y_l, 13ε; at most 34 additions, truncated to 24 bits, 34ε; the distance as computed in float32 differs from the
-// exact one by at most 11ε. That is 60ε; 128ε is taken. Halves below 2⁻¹⁴ are subnormal, spaced by 2⁻²⁴: 10
-// coefficients of the scaled polynomial err by another 2⁻²⁵ each, times (1 + r)²; 2⁻²¹ (1 + r)² is taken. So with
+// Magnitude. With ε = 2⁻²⁴, relative to S: the query's position is rounded by ε, 2ε; its monomials are, ε; splitting,
+// twice, and leaving out x_l y_l, 13ε; at most 34 additions, truncated to 24 bits, 34ε; the distance as computed in
+// float32 differs from the exact one by at most 11ε. That is 61ε; 128ε is taken. Halves below 2⁻¹⁴ are subnormal,
+// spaced by 2⁻²⁴: 10 coefficients of the scaled polynomial, and low halves of monomials times coefficients of at most
+// 2⁷, err by another 2⁻²⁵ each. The latter is 1.5ε of S in all; for the former, 2⁻²¹ (1 + r)² is taken. So with
 //
 //   e = 2⁻¹⁷ m + 2⁻²¹ (m scaled),   |polynomial − distance| <= e (1 + r)²,
 //
-// a product like the others: adding it gives upper bounds, subtracting it lower ones.
+// a product like the others: adding it gives upper bounds, subtracting it lower ones. That a distance as computed does
+// not underflow on the way, nor overflow, is left out: clouds where it might (kMaxUnit) are out of range. Points whose
+// magnitude is beyond floats, or that have no polynomial but may be at −inf, have e = +inf: they do not count in pass
+// 1, and always are candidates in pass 2.
 
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
@@ -51,6 +54,7 @@ constexpr int kConstant = 3 * kMonomials, kError = kConstant + 3, kRadius = kErr
 static_assert(kRadius == kPlaces - 1);
 constexpr int kMaxCandidates = 80;   // so that shared memory suffices on Ampere and Ada
 constexpr float kMaxPosition = 128;  // squares must fit a half
+constexpr int kMaxUnit = 96;         // of |log_unit|
 
 // One side of the product for one query or point. Places 8t to 8t + 7 are what lane t of four holds of it.
 struct alignas(16) Halves {
@@ -74,7 +78,7 @@ struct alignas(16) Record<Isotropic<float>> {
 struct Frame {
   Vec3<float> centre;
   int log_size;  // |p − centre| <= 2^log_size
-  int log_unit;  // magnitudes times 4^log_size are at most 2^(7 + log_unit)
+  int log_unit;  // magnitudes times 4^log_size are at most 2^(7 + log_unit), and one is at least half of that
 
   Frame() = default;
   __device__ explicit Frame(const Extent& extent) {
@@ -140,13 +144,15 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const Cloud<M, float> cloud(args, clouds, c);
   Halves out = {};
   Record<M> record = {};
-  bool exists = j < cloud.length;
-  if (exists) {
+  bool bounded = false, unbounded = false;
+  if (j < cloud.length) {
     record.p = cloud.Point(j);
     record.m = cloud.Parameters(j);
-    exists = IsFinite<M>(record.p, record.m);
+    const bool finite = IsFinite<M>(record.p, record.m);
+    bounded = finite && M::Magnitude(record.m) <= double(FLT_MAX);
+    unbounded = !bounded && (finite || HasNegative<M>(record.m));
   }
-  if (exists) {
+  if (bounded) {
     const double size = ldexp(1.0, -frame.log_size), unit = ldexp(1.0, -frame.log_unit);
     const double x = (double(record.p.x) - frame.centre.x) * size, y = (double(record.p.y) - frame.centre.y) * size,
                  z = (double(record.p.z) - frame.centre.z) * size;
@@ -165,6 +171,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     out.place[kConstant] = High(constant);
     out.place[kConstant + 1] = Low(constant);
     out.place[kError] = __float2half_ru(__double2float_ru(0x1p-17 * scale * MagnitudeOf<M>(record.m) + 0x1p-21));
+  } else if (unbounded) {
+    out.place[kError] = __ushort_as_half(0x7c00);  // always a candidate
   } else {
     out.place[kConstant] = __ushort_as_half(0x7c00);  // further than all that exist
   }
@@ -273,7 +281,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     const Vec3<float> at = {ldexpf(moved.x, -frame.log_size), ldexpf(moved.y, -frame.log_size),
                             ldexpf(moved.z, -frame.log_size)};
     const float reach = fmaxf(fmaxf(fabsf(at.x), fabsf(at.y)), fabsf(at.z));
-    const bool in_range = fabsf(at.x) <= kMaxPosition && fabsf(at.y) <= kMaxPosition && fabsf(at.z) <= kMaxPosition;
+    const bool in_range = fabsf(at.x) <= kMaxPosition && fabsf(at.y) <= kMaxPosition && fabsf(at.z) <= kMaxPosition &&
+                          abs(frame.log_unit) <= kMaxUnit;
     shared.monomials[threadIdx.x] = in_range ? Monomials(at, reach) : Halves{};
     shared.num_candidates[threadIdx.x] = in_range ? 0 : kMaxCandidates + 1;
   }
@@ -467,6 +476,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
         if (rank < K) out[rank] = shared.candidates[row][i];
       }
       const bool ties = WarpSum(sum) != found * (found - 1) / 2;
+      if (ties) __syncwarp();  // other lanes may write the same places again
       for (int i = lane; ties && i < count; i += kWarp) {
         const Neighbour<float> mine(dists[i], shared.candidates[row][i]);
         int rank = 0;
@@ -475,11 +485,17 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
         }
         if (rank < K && mine.Exists()) out[rank] = mine.index();
       }
-      done = found >= K;
+      done = found >= K && found == count;
     }
-    if (!done) SearchAll<M, 1>(query, cloud, K, out);
+    if (!done) {
+      __syncwarp();
+      SearchAll<M, 1>(query, cloud, K, out);
+    }
   }
 }
+
+static_assert(sizeof(Shared<Anisotropic<float>>) <= 99 * 1024 && sizeof(Shared<Isotropic<float>>) <= 99 * 1024,
+              "what a block may have on Ampere and Ada");
 
 template <class M>
 cudaError_t Launch(const Search<float>& args, void* memory, int64_t bytes, cudaStream_t stream) {

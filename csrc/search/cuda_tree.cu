@@ -14,6 +14,7 @@ namespace knn::KNN_ISA {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+static_assert(kLeafSize == kWarp && kFanOut == kWarp, "a lane holds a point of a leaf, or a node of a group");
 
 // Sort keys of queries: the batch entry, then as much of the place on the curve as there is room for.
 template <class T>
@@ -60,12 +61,12 @@ __device__ __forceinline__ double WarpMin(double x) {
   return x;
 }
 
-// The bound (1) of index.h for the lane's node of a group.
+// The bound (1) of index.h for the lane's node of a group. An infinite gap would make it NaN where a factor is 0.
 template <class T>
 __device__ __forceinline__ T Bound(const T* group, Vec3<T> q) {
   const T* at = group + threadIdx.x % kWarp;
   const auto row = [at](int r) { return __ldg(at + r * kFanOut); };
-  const auto gap = [](T low, T q, T high) { return fmax(fmax(low - q, q - high), T(0)); };
+  const auto gap = [](T low, T q, T high) { return fmin(fmax(fmax(low - q, q - high), T(0)), Precision<T>::kMost); };
   const Vec3<T> g = {gap(row(kLow), q.x, row(kHigh)), gap(row(kLow + 1), q.y, row(kHigh + 1)),
                      gap(row(kLow + 2), q.z, row(kHigh + 2))};
   const T lambda = row(kLambda);
@@ -114,8 +115,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kRows == 1 ? 4 : 2
   bounds[warp][level][lane] = Bound(nodes + shape.first_group[level] * kNodeRows * kFanOut, query);
   while (true) {
     const T mine = bounds[warp][level][lane], least = WarpMin(mine);
-    // A bound of +inf is that of a node without points, or whose points all are at +inf.
-    if (!(least <= last.dist()) || least == T(INFINITY)) {
+    // A bound of +inf is that of a node without points, or whose points all are at +inf. Distances below the least
+    // normal number may be rounded to anything there.
+    if (!(least <= fmax(last.dist(), Precision<T>::kLeast)) || least == T(INFINITY)) {
       if (++level == shape.levels) break;
       group /= kFanOut;
       continue;
@@ -137,7 +139,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kRows == 1 ? 4 : 2
     const T dist = M::Distance(M::Load(M::kR > 0 ? row + 3 : nullptr, M::kR > 0 ? row + 6 : nullptr),
                                query - Vec3<T>{row[0], row[1], row[2]});
     if (__any_sync(kFullMask, dist <= last.dist())) {
-      const Neighbour<T> found(dist, order[node * kLeafSize + lane]);
+      // An index may have points that the search's own lengths leave out.
+      const int32_t j = order[node * kLeafSize + lane];
+      Neighbour<T> found;
+      if (j < cloud.length) found = Neighbour<T>(dist, j);
       const unsigned better = __ballot_sync(kFullMask, found < last);
       if (better != 0) nearest.Take(found, better, K, last);
       if (limit < last) last = limit;

@@ -43,22 +43,9 @@ Search<T> Read(Reader& in, MetricKind metric, bool indexed, bool warm) {
 }
 
 template <class T>
-CpuKernel<Search<T>> BestKernel(MetricKind metric) {
-  switch (BestIsa()) {
-#define KNN_CASE(isa) \
-  case Isa::isa:      \
-    return isa::SearchKernel<T>(metric);
-    KNN_FOR_EACH_ISA(KNN_CASE)
-#undef KNN_CASE
-    default:
-      return baseline::SearchKernel<T>(metric);
-  }
-}
-
-template <class T>
 ffi::Future CpuOf(ffi::ThreadPool& pool, Reader& in, MetricKind metric, bool indexed, bool warm) {
   const Search<T> args = Read<T>(in, metric, indexed, warm);
-  return RunCpu(pool, in, BestKernel<T>(metric), args);
+  return RunCpu(pool, in, KNN_BEST(SearchKernel<T>(metric)), args);
 }
 
 template <MetricKind metric>
@@ -85,6 +72,7 @@ ffi::Error CudaOf(cudaStream_t stream, Reader& in, MetricKind metric, bool index
   const Search<T> args = Read<T>(in, metric, indexed, warm);
   const int64_t bytes = in.NextRetSize();
   void* scratch = in.Ret<uint8_t>(Batch{}, {bytes});
+  in.CheckCount(args.Q, "B*Q");
   if (args.K > kCudaMaxK) in.Fail("the CUDA search needs K <= 256");
   return RunCuda(in, [&] { return LaunchSearch(args, metric, scratch, bytes, stream); });
 }

@@ -9,6 +9,9 @@
 
 namespace knn {
 
+inline constexpr int kCudaMaxK = 256;   // of the CUDA searches
+inline constexpr int kFilterMaxK = 32;  // of cuda_filter.cu
+
 // Sizes after the batch axes stand behind each array.
 template <class T>
 struct Search {
@@ -24,8 +27,8 @@ struct Search {
   // Null data where there is no index: the kernel then compares all pairs, or sorts in its own way.
   Index<T> index;
 
-  // Guesses at neighbours, any integers. Those that name points bound the search radius from the start. Null data and
-  // W = 0 where there are none.
+  // Guesses at neighbours, any integers. Those that name points bound the search radius from the start in the CUDA
+  // search through an index with K <= 32; other searches do not read them. Null data and W = 0 where there are none.
   int64_t W;
   Operand<const int32_t> warm;  // [Q, W]
 

@@ -59,8 +59,7 @@ Operand<const T> Random(int64_t batch, int64_t n, bool shared) {
 }
 
 template <class T, class TF>
-void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, bool shared) {
-  const int64_t B = 3;
+void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, bool shared, int64_t B = 3) {
   const bool aniso = metric == MetricKind::kAnisotropic;
   const int64_t sigma = aniso ? 3 : 1;
   const Batch batch = {1, {B}}, kept = {1, {shared ? 1 : B}};
@@ -75,7 +74,7 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   search.idxs = Allocate<int32_t>(B * Q * K);
   // In every way: all pairs compared, by the filter and without, and through an index, with guesses and without.
   const int64_t clouds = shared ? 1 : B;
-  const int64_t bytes = 32 * (B * Q + clouds * P) + clouds * (128 * (P + 8) + 64 * 28 + 32) + (1 << 21);
+  const int64_t bytes = 32 * (B * Q + clouds * P) + clouds * (128 * (P + 8) + kExtentsBytes + 32) + (1 << 21);
   void* const memory = Allocate<uint8_t>(bytes);
   Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search");
   Check(LaunchExhaustiveSearch(search, metric, nullptr), "exhaustive search");
@@ -99,8 +98,8 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
 
   // Scratch is as large as _aggregate.py makes it.
   const int64_t sets = shared ? 1 : B, pairs = B / sets * Q * K;
-  const int64_t sort_bytes =
-      P <= 8192 ? 4 * sets * ((pairs + 2047) / 2048 + 1) * (P + 1) : 13 * sets * pairs + (1 << 21);
+  const int64_t sort_bytes = P <= kMaxCounted ? 4 * sets * ((pairs + kCountedTile - 1) / kCountedTile + 1) * (P + 1)
+                                              : 13 * sets * pairs + (1 << 21);
   Invert invert = {batch, kept, P, pairs, Q * K, search.idxs};
   invert.order = Allocate<int32_t>(sets * pairs);
   invert.offsets = Allocate<int32_t>(sets * (P + 1));
@@ -196,7 +195,12 @@ int main() {
       Exercise<float, float>(metric, 40, 9000, 12, 5, shared);  // a radix sort groups pairs
       Exercise<float, BFloat16>(metric, 9, 130, 33, 100, shared);
       Exercise<float, Half>(metric, 9, 600, 64, 256, shared);
+      Exercise<float, float>(metric, 30, 300, 8, 50, shared);
+      Exercise<float, float>(metric, 3, 40, 4, 5, shared, 1025);  // more clouds than a sort key has bits for at first
       Exercise<double, double>(metric, 33, 257, 65, 40, shared);
+      Exercise<double, double>(metric, 70, 300, 64, 8, shared);
+      Exercise<double, double>(metric, 9, 300, 12, 100, shared);
+      Exercise<double, double>(metric, 9, 600, 4, 256, shared);
     }
   }
   for (bool shared : {false, true}) {
