@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import dataclasses
 import datetime
 import importlib.metadata
@@ -25,6 +26,17 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 OURS = "jax_knn_aggregate"
 
 Times = dict[str, float]
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed, for all contestants alike.
+
+    Else one that needs much memory makes the next one fetch its own anew from the kernel, page by page.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: all from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 class Program:
