@@ -12,18 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 import jax_knn_aggregate as jka
 
 from . import measure
+from .ckdtree import ckdtree
 from .inputs import CLOUDS, Arrays, Clouds
 from .knn_aggregate import elementwise, nearest, ours, steps
 from .measure import OURS, Case, Program, Session
 
 K = 16
 READY, WARM, INDEX, EUCLIDEAN = "ready index", "ready index, warm", "index alone", "Euclidean"
-PLAIN, CKDTREE = "plain JAX, elementwise", "SciPy cKDTree, Euclidean"
+PLAIN = "plain JAX, elementwise"
 #: Whole steps on the surface: P points, Q queries, F features, K neighbours.
 STEP = {"P": 1_000_000, "Q": 262_144, "F": 32, "K": 8}
 #: The step whose memory is counted.
@@ -42,16 +42,6 @@ def _plain(*x: jax.Array) -> jax.Array:
     return jax.lax.map(lambda q: of_chunk(q[None], *(a[None] for a in cloud))[0], q.reshape(-1, chunk, 3))
 
 
-def ckdtree(q: jax.Array, p: jax.Array, K: int) -> Callable[[], Any] | None:
-    """Builds a tree and queries it, on 2 threads; None without SciPy."""
-    try:
-        from scipy.spatial import cKDTree
-    except ImportError:
-        return None
-    q, p = np.asarray(q), np.asarray(p)
-    return lambda: cKDTree(p).query(q, K, workers=2)
-
-
 def _searches(session: Session, x: Arrays, plain: bool) -> dict[str, Callable[[], Any]]:
     """x: as ``Clouds`` gives it."""
     q, earlier, *cloud = x
@@ -66,10 +56,7 @@ def _searches(session: Session, x: Arrays, plain: bool) -> dict[str, Callable[[]
     }
     if plain:
         contestants[PLAIN] = Program(_plain, q, *cloud)
-    tree = None if session.large else ckdtree(q, cloud[0], K)
-    if tree:
-        contestants[CKDTREE] = tree
-    return contestants
+    return contestants | ({} if session.large else ckdtree(q, cloud[0], K))
 
 
 def _steps(session: Session, clouds: Clouds, sizes: list[int]) -> list[Case]:
@@ -85,10 +72,9 @@ def _steps(session: Session, clouds: Clouds, sizes: list[int]) -> list[Case]:
     n, F = sizes[-1], 32
     q, _, *cloud = clouds("volume", n, n)
     features = jax.random.normal(jax.random.key(2), (n, F))
-    tree = ckdtree(q, cloud[0], K)
     forward: dict[str, Callable[[], Any]] = {OURS: steps(ours(K), (q, cloud[0], features, *cloud[1:]))["forward"]}
     name = f"P=Q={n:,}, K={K}, F={F}, volume"
-    return [*cases, Case(("steps", name, "forward"), forward | ({CKDTREE: tree} if tree else {}))]
+    return [*cases, Case(("steps", name, "forward"), forward | ckdtree(q, cloud[0], K))]
 
 
 def run(session: Session) -> dict[str, Any]:
