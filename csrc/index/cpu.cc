@@ -305,7 +305,6 @@ struct Builder {
                                                         {&SplitTasks<3>, &SplitOnce<3>},
                                                         {&FinishTasks, &Finish},
                                                         {&Clouds, &WriteUpper}}};
-  static_assert(kKernel.phases[kBuildPhases - 1].run != nullptr && kKernel.phases[kBuildPhases].run == nullptr);
 };
 
 }  // namespace
