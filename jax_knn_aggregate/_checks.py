@@ -99,17 +99,21 @@ def _check_dtypes(values: dict[str, jax.Array]) -> None:
             )
 
 
-def neighbours(K: Any, limit: int, of: str) -> int:
-    """Checks K, a static integer from 1 to ``limit``."""
+def static_integer(name: str, value: Any) -> int:
     try:
-        if isinstance(K, bool):
+        if isinstance(value, bool):
             raise TypeError
-        K = operator.index(K)
+        return operator.index(value)
     except (TypeError, jax.errors.ConcretizationTypeError):
         raise TypeError(
-            f"K is {K!r}, expected a Python integer: it sets the shapes of the results. Under jit, mark it static "
-            "(static_argnames='K')."
+            f"{name} is {value!r}, expected a Python integer: it sets the shapes of the results. Under jit, mark it "
+            f"static (static_argnames={name!r})."
         ) from None
+
+
+def neighbours(K: Any, limit: int, of: str) -> int:
+    """Checks K, a static integer from 1 to ``limit``."""
+    K = static_integer("K", K)
     if not 1 <= K <= limit:
         raise ValueError(f"K is {K}, expected 1 <= K <= {limit}, {of}.")
     return K
@@ -145,10 +149,15 @@ def indices(
     expected = [(*b, *core) for b in dict.fromkeys((batch, ()) if may_share else (batch,))]
     if not any(_fits(a.shape, shape, {}) for shape in expected):
         raise ValueError(f"{name} has shape {a.shape}, expected {' or '.join(map(_text, expected))}.")
+    return narrowed(a, P, above=-1)
+
+
+def narrowed(a: np.ndarray | jax.Array, limit: int, above: int) -> jax.Array:
+    """As int32, with −1 for what is negative and ``above`` for what is not below ``limit``."""
     xp = np if isinstance(a, np.ndarray) else jnp
-    inside = (a >= 0) & (a < P)
+    inside = (a >= 0) & (a < limit)
     narrow = xp.where(inside, a, xp.zeros_like(a)).astype(np.int32)
-    return jnp.asarray(xp.where(inside, narrow, xp.full_like(narrow, -1)))
+    return jnp.asarray(xp.where(inside, narrow, xp.where(a < 0, np.int32(-1), np.int32(above))))
 
 
 def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:

@@ -9,7 +9,6 @@ compute stands in ``csrc/distortion/formulas.h``.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -176,15 +175,7 @@ def _is_weak(a: Any) -> bool:
 
 
 def _ray_count(n_rays: Any) -> int:
-    try:
-        if isinstance(n_rays, bool):
-            raise TypeError
-        n_rays = operator.index(n_rays)
-    except (TypeError, jax.errors.ConcretizationTypeError):
-        raise TypeError(
-            f"n_rays is {n_rays!r}, expected a Python integer: it sets the shapes of results. Under jit, mark it "
-            "static (static_argnames='n_rays')."
-        ) from None
+    n_rays = _checks.static_integer("n_rays", n_rays)
     if not 0 <= n_rays < 2**31 - 1:
         raise ValueError(f"n_rays is {n_rays}, expected 0 <= n_rays < 2**31 - 1.")
     return n_rays
@@ -195,13 +186,8 @@ def _ray_ids(ray_id: Any, N: int, n_rays: int) -> jax.Array:
     a = _checks.integers("ray_id", ray_id)
     if a.shape != (N,):
         raise ValueError(f"ray_id has shape {a.shape}, expected {(N,)}, one ray for each sample of w.")
-    if a.dtype == jnp.int32:
-        return jnp.asarray(a)
-    xp = np if isinstance(a, np.ndarray) else jnp
-    inside = (a >= 0) & (a < n_rays)
-    narrow = xp.where(inside, a, xp.zeros_like(a)).astype(np.int32)
-    outside = xp.where(a < 0, np.int32(-1), np.int32(n_rays))
-    return jnp.asarray(xp.where(inside, narrow, outside))
+    # int32 ids go to the kernel as they are, which takes any.
+    return jnp.asarray(a) if a.dtype == jnp.int32 else _checks.narrowed(a, n_rays, above=n_rays)
 
 
 def _by_position(name: str, w: jax.Array, m: jax.Array, interval: jax.Array) -> list[jax.Array]:

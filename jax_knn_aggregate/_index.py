@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad
 
 from . import _ffi
 from ._batch import batch_shape, over_batch, over_merged_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
-from ._primitive import bind, make_primitive
+from ._primitive import bind, make_primitive, piecewise_constant
 
 Struct = jax.ShapeDtypeStruct
 
@@ -152,12 +151,7 @@ def _make(metric: Metric) -> Any:
         cores=functools.partial(_cores, metric),
         kernel=functools.partial(_kernel, metric),
     )
-
-    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:  # searches through it are piecewise constant
-        arrays = bind(p, *primals, **params)
-        return arrays, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in arrays]
-
-    ad.primitive_jvps[p] = jvp
+    piecewise_constant(p)
     return p
 
 

@@ -1,6 +1,6 @@
 """One factory for every primitive of the package: evaluation, shapes, vmap, sharding, kernel or reference.
 
-The derivative rules are not here: ``_family.py`` adds them.
+The derivative rules of families are not here: ``_family.py`` adds them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, xla
+from jax.interpreters import ad, batching, mlir, xla
 
 from . import _sharding
 
@@ -110,6 +110,16 @@ def make_primitive(
 
     batching.primitive_batchers[p] = batch
     return p
+
+
+def piecewise_constant(p: Primitive) -> None:
+    """Gives ``p`` derivatives that are zero, whatever its operands are."""
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        results = bind(p, *primals, **params)
+        return results, [ad.Zero(jax.typeof(a).to_tangent_aval()) for a in results]
+
+    ad.primitive_jvps[p] = jvp
 
 
 def bind(p: Primitive, *operands: Any, **params: Any) -> list[Any]:

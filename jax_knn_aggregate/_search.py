@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.interpreters import ad
 
 from . import _ffi, _index
 from ._batch import Shape, batch_shape, over_batch, over_merged_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
-from ._primitive import bind, make_primitive
+from ._primitive import bind, make_primitive, piecewise_constant
 
 # The reference computes at most this many distances at a time (64 MiB in float32).
 _CHUNK = 1 << 24
@@ -174,12 +173,7 @@ def _make(metric: Metric) -> Any:
         cores=functools.partial(_cores, metric),
         kernel=functools.partial(_kernel, metric),
     )
-
-    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:  # piecewise constant
-        (idxs,) = bind(p, *primals, **params)
-        return [idxs], [ad.Zero(jax.typeof(idxs).to_tangent_aval())]
-
-    ad.primitive_jvps[p] = jvp
+    piecewise_constant(p)
     return p
 
 
