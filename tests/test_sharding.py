@@ -315,31 +315,35 @@ def test_scan_of_remat_of_vmap(manual, grid, rng):
     specs = (S("a", "b"), *[S("a")] * 4)
     x = problem(rng, (4,))
 
-    def steps(*x, total=lambda a: a):
-        def loss(*x):
-            return total(jax.vmap(jax.checkpoint(losses(None)["Eikonal"]))(*x).sum())
-
+    def steps(gradient):
         def step(x, _):
-            return tuple(a - 0.01 * d for a, d in zip(x, jax.grad(loss, range(5))(*x), strict=True)), None
+            return tuple(a - 0.01 * d for a, d in zip(x, gradient(*x), strict=True)), None
 
-        return jax.lax.scan(step, x, length=2)[0]
+        return lambda *x: jax.lax.scan(step, x, length=2)[0]
 
-    def kept(spec):
-        return S(*(name if name in manual else None for name in spec))
+    def descent(total=lambda a: a):
+        each = jax.vmap(jax.checkpoint(losses(None)["Eikonal"]))
+        return steps(jax.grad(lambda *x: total(each(*x).sum()), range(5)))
 
-    fn = steps
-    if manual:
-        inside = tuple(map(kept, specs))
-        total = (lambda a: jax.lax.psum(a, "b")) if "b" in manual else (lambda a: a)
-        part = functools.partial(steps, total=total)
-        fn = jax.shard_map(part, mesh=grid, in_specs=inside, out_specs=inside, axis_names=set(manual))
-    compiled = helpers.quick_jit(fn)
+    def spread(fn):
+        if not manual:
+            return fn
+        inside = tuple(S(*(name if name in manual else None for name in spec)) for spec in specs)
+        return jax.shard_map(fn, mesh=grid, in_specs=inside, out_specs=inside, axis_names=set(manual))
+
+    compiled = helpers.quick_jit(spread(descent(lambda a: jax.lax.psum(a, "b")) if "b" in manual else descent()))
     placed = helpers.place(grid, x, specs)
-    auto_inside_manual = manual == ("a",) and AxisType.Auto in grid.axis_types  # README: gathers
-    assert ("all-gather" in helpers.kinds(compiled, *placed)) == auto_inside_manual
-    if not auto_inside_manual:
-        assert helpers.kinds(compiled, *placed) <= {"all-reduce"}
-    helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(steps)(*x), 1e-9)
+    moved = helpers.collectives(compiled, *placed)
+    if manual == ("a",) and AxisType.Auto in grid.axis_types:  # docs/sharding.md: gathers
+        assert "all-gather" in dict(moved)
+    else:
+        # jax 0.10.1 to 0.11.1 gathers what enters and leaves a partially manual shard_map, along Explicit axes that are
+        # not manual and whatever is inside. The op adds sums and nothing else.
+        without_op = helpers.collectives(helpers.quick_jit(spread(steps(lambda *x: x))), *placed)
+        gathers = manual == ("a",) and (0, 10, 1) <= jax.__version_info__ <= (0, 11, 1)
+        assert {kind for kind, _ in without_op} == ({"all-gather"} if gathers else set())
+        assert sorted(c for c in moved if c[0] != "all-reduce") == sorted(without_op)
+    helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(descent())(*x), 1e-9)
 
 
 # ---- What cannot be split
