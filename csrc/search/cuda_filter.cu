@@ -417,9 +417,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const uint4* records = reinterpret_cast<const uint4*>(scratch.records) + c * args.P * kRecord;
   float* dists = reinterpret_cast<float*>(shared.dists[warp]);
   // kRecord lanes read a point's record together, and leave it to the lane whose candidate it is.
+  // None are read where there are too many: queries out of range only count as if they had that many.
   const auto candidate = [&](int row, int i) {
-    return row < num_queries && i < shared.num_candidates[row] && i < kMaxCandidates ? shared.candidates[row][i]
-                                                                                     : INT_MAX;
+    const int count = row < num_queries ? shared.num_candidates[row] : 0;
+    return i < count && count <= kMaxCandidates ? shared.candidates[row][i] : INT_MAX;
   };
   const auto fetch = [&](int row, int start, int buffer) {
     const int j = candidate(row, start + lane);
