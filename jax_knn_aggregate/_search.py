@@ -22,7 +22,7 @@ from ._primitive import bind, make_primitive, piecewise_constant
 
 # The reference computes at most this many distances at a time (64 MiB in float32).
 _CHUNK = 1 << 24
-_CUDA_MAX_K, _CUDA_FILTER_MAX_K = 256, 32
+_CUDA_MAX_K, _CUDA_FILTER_MAX_K = 256, 64
 
 
 def search(

@@ -6,11 +6,11 @@
 // bound that is known beforehand, and with that a block rules out nearly all points for its queries, in two passes over
 // the cloud:
 //
-//   1. Upper bounds of the distances. Each lane keeps the least of those it meets, of 64 disjoint groups of points for
-//      each query. K groups have a point no further than the K-th smallest of these minima, so the K nearest are that
-//      near.
+//   1. Upper bounds of the distances. Each lane keeps the least of those it meets, of G = 64 disjoint groups of points
+//      for each query, or 128 for K > 32. K groups have a point no further than the K-th smallest of these minima, so
+//      the K nearest are that near.
 //   2. Lower bounds of the distances. Points whose lower bound is within that radius are candidates: of thousands,
-//      hardly more than K.
+//      hardly more than K. (About G ln(G / (G − K)) points meet K groups: 44 for K = 32, 89 for K = 64.)
 //
 // Candidates' distances are then computed as everywhere, and sorted. Where the bounds fail to separate (too many
 // candidates: huge cancellation, many ties) or do not apply (numbers out of range; a candidate that lowered the radius
@@ -46,13 +46,12 @@ namespace knn::KNN_ISA {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kColumns = 8;         // points of a tile
-constexpr int kPlaces = 32;         // of the inner dimension
-constexpr int kGroups = 2 * kWarp;  // of points, for each query; K of them must have points
+constexpr int kColumns = 8;                 // points of a tile
+constexpr int kPlaces = 32;                 // of the inner dimension
+constexpr int kGroups = kWarps * kColumns;  // of points, in a set of them, for each query
 constexpr int kMonomials = 9;
 constexpr int kConstant = 3 * kMonomials, kError = kConstant + 3, kRadius = kError + 1;  // places
 static_assert(kRadius == kPlaces - 1);
-constexpr int kMaxCandidates = 80;   // so that shared memory suffices on Ampere and Ada
 constexpr float kMaxPosition = 128;  // squares must fit a half
 constexpr int kMaxUnit = 96;         // of |log_unit|
 
@@ -199,8 +198,9 @@ __device__ __forceinline__ void MultiplyAdd(float (&acc)[4], unsigned a0, unsign
 #endif
 }
 
-// The K-th smallest of 64 numbers, of which each of four consecutive lanes holds 16: bisection over all halves.
-__device__ __forceinline__ __half KthSmallest(const __half2 (&mine)[8], int K) {
+// The K-th smallest of 8n numbers, of which each of four consecutive lanes holds 2n: bisection over all halves.
+template <int n>
+__device__ __forceinline__ __half KthSmallest(const __half2 (&mine)[n], int K) {
   const auto from_key = [](unsigned key) {  // halves in ascending order
     return __ushort_as_half(static_cast<unsigned short>(key ^ ((key & 0x8000u) != 0 ? 0x8000u : 0xffffu)));
   };
@@ -210,7 +210,7 @@ __device__ __forceinline__ __half KthSmallest(const __half2 (&mine)[8], int K) {
     const __half2 at = __half2half2(from_key(middle));
     __half2 counts = __hle2(mine[0], at);
 #pragma unroll
-    for (int i = 1; i < 8; ++i) counts = __hadd2(counts, __hle2(mine[i], at));
+    for (int i = 1; i < n; ++i) counts = __hadd2(counts, __hle2(mine[i], at));
     float count = __low2float(counts) + __high2float(counts);
     count += __shfl_xor_sync(kFullMask, count, 1);
     count += __shfl_xor_sync(kFullMask, count, 2);
@@ -235,19 +235,21 @@ __device__ __forceinline__ Halves Monomials(Vec3<float> q, float reach) {
   return out;
 }
 
-constexpr int kRowTiles = 6;  // of 16 queries, in a block
-constexpr int kQueries = 16 * kRowTiles;
 constexpr int kStages = 4;  // tiles on their way to a warp
 
-// Shared memory of a block. What shares a union is used at different times.
-template <class M>
+// Shared memory of a block. What shares a union is used at different times. With two sets of groups, and twice as many
+// candidates, there is room for half as many queries, here and in registers.
+template <class M, int kSets>
 struct Shared {
+  static constexpr int kRowTiles = 6 / kSets;  // of 16 queries
+  static constexpr int kQueries = 16 * kRowTiles;
+  static constexpr int kMaxCandidates = 80 * kSets;               // so that this suffices on Ampere and Ada
   static constexpr int kRecord = sizeof(Record<M>) / 16;          // of 16 bytes
   static constexpr int kStride = kRecord == 1 ? 1 : kRecord + 1;  // so that lanes reading records hit different banks
 
   union {
     Halves monomials[kQueries];
-    __half minima[kQueries][kGroups + 8];
+    __half minima[kSets][kQueries][kGroups + 8];
     uint32_t hits[kQueries][kGroups + 4][2];  // a bit for each of a warp's next 64 tiles
     uint4 records[kWarps][2][kWarp * kStride];
   };
@@ -260,12 +262,15 @@ struct Shared {
   __half radius[kQueries];
 };
 
-// A block owns kQueries queries. Its warps share out the points: warp w has tiles w, w + kWarps, ...
-template <class M>
+// A block owns kQueries queries. Its warps share out the points: warp w has tiles w, w + kWarps, ... K is at most
+// kSets * kWarp, half as many as there are groups.
+template <class M, int kSets>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     FilterKernel(const Search<float> args, const Batch clouds, unsigned blocks_per_entry, const Scratch scratch) {
+  using Memory = Shared<M, kSets>;
+  constexpr int kRowTiles = Memory::kRowTiles, kQueries = Memory::kQueries, kMaxCandidates = Memory::kMaxCandidates;
   extern __shared__ uint4 shared_memory[];
-  Shared<M>& shared = *reinterpret_cast<Shared<M>*>(shared_memory);
+  Memory& shared = *reinterpret_cast<Memory*>(shared_memory);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const unsigned b = blockIdx.x / blocks_per_entry;
   const int64_t c = EntryOf(clouds, args.batch, b);
@@ -325,29 +330,43 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   };
   const auto steps_from = [&](int start) { return max(0, (tiles - start + kWarps - 1) / kWarps); };
 
-  // Pass 1. Of each row the lane has products with points 2t and 2t + 1 of a tile.
+  // Pass 1. Of each row the lane has products with points 2t and 2t + 1 of a tile. Sets take turns from tile to tile:
+  // they move up, so that the one whose turn it is stands in known registers. Unrolling leaves no moves.
+  static_assert(kStages % kSets == 0);
   {
-    float least[kRowTiles][4];
+    float least[kSets][kRowTiles][4];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) least[m][0] = least[m][1] = least[m][2] = least[m][3] = INFINITY;
+    for (int s = 0; s < kSets; ++s) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) least[s][m][0] = least[s][m][1] = least[s][m][2] = least[s][m][3] = INFINITY;
+    }
     for_tiles(warp, steps_from(warp), [&](int m, const float (&product)[4]) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) least[m][e] = fminf(least[m][e], product[e]);
+      for (int e = 0; e < 4; ++e) {
+        const float lesser = fminf(least[0][m][e], product[e]);
+#pragma unroll
+        for (int s = 1; s < kSets; ++s) least[s - 1][m][e] = least[s][m][e];
+        least[kSets - 1][m][e] = lesser;
+      }
     });
     __syncthreads();  // `monomials` have been read
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int s = 0; s < kSets; ++s) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        shared.minima[16 * m + g + 8 * (e / 2)][8 * warp + 2 * t + e % 2] = __float2half_ru(least[m][e]);
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          shared.minima[s][16 * m + g + 8 * (e / 2)][8 * warp + 2 * t + e % 2] = __float2half_ru(least[s][m][e]);
+        }
       }
     }
   }
   __syncthreads();
   static_assert(kQueries % 8 == 0 && kGroups == 64);
   for (int row = threadIdx.x / 4; row < kQueries; row += kWarps * kWarp / 4) {
-    __half2 mine[8];
-    std::memcpy(mine, &shared.minima[row][16 * t], sizeof mine);
+    __half2 mine[8 * kSets];
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) std::memcpy(mine + 8 * s, &shared.minima[s][row][16 * t], 8 * sizeof *mine);
     const float kth = __half2float(KthSmallest(mine, K));
     // A little more, against its own rounding in the product. Queries out of range are to have no candidates.
     const float more = shared.num_candidates[row] == 0 ? kth + fabsf(kth) * 0x1p-12f : 0.0f;
@@ -412,7 +431,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   }
 
   // The candidates' distances, and of each how many come before it.
-  constexpr int kRecord = Shared<M>::kRecord, kStride = Shared<M>::kStride;
+  constexpr int kRecord = Memory::kRecord, kStride = Memory::kStride;
   const Cloud<M, float> cloud(args, args.batch, b);
   const uint4* records = reinterpret_cast<const uint4*>(scratch.records) + c * args.P * kRecord;
   float* dists = reinterpret_cast<float*>(shared.dists[warp]);
@@ -490,26 +509,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
     }
     if (!done) {
       __syncwarp();
-      SearchAll<M, 1>(query, cloud, K, out);
+      SearchAll<M, kSets>(query, cloud, K, out);
     }
   }
 }
 
-static_assert(sizeof(Shared<Anisotropic<float>>) <= 99 * 1024 && sizeof(Shared<Isotropic<float>>) <= 99 * 1024,
-              "what a block may have on Ampere and Ada");
-
-template <class M>
+template <class M, int kSets>
 cudaError_t Launch(const Search<float>& args, void* memory, int64_t bytes, cudaStream_t stream) {
+  using Memory = Shared<M, kSets>;
+  static_assert(sizeof(Memory) <= 99 * 1024, "what a block may have on Ampere and Ada");
   int device, shared_bytes;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   cudaError_t error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  if (shared_bytes < static_cast<int>(sizeof(Shared<M>))) {  // Turing
+  if (shared_bytes < static_cast<int>(sizeof(Memory))) {  // Turing
     return LaunchExhaustiveSearch(args, M::kKind, stream);
   }
   const Batch clouds = Clouds(args);
   const int64_t num_clouds = Count(clouds);
-  const int64_t per_entry = CeilDiv(args.Q, kQueries), blocks = Count(args.batch) * per_entry;
+  const int64_t per_entry = CeilDiv(args.Q, Memory::kQueries), blocks = Count(args.batch) * per_entry;
   if (blocks == 0) return cudaSuccess;
   const int64_t per_cloud = CeilDiv(Tiles(args.P) * kColumns, kPrepareThreads);
   error = CheckGrid(max(blocks, num_clouds * max(per_cloud, int64_t{kParts})));
@@ -522,10 +540,16 @@ cudaError_t Launch(const Search<float>& args, void* memory, int64_t bytes, cudaS
   Prepare<M><<<static_cast<unsigned>(num_clouds * per_cloud), kPrepareThreads, 0, stream>>>(
       args, clouds, static_cast<unsigned>(per_cloud), scratch);
   if (error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (error = AllowSharedMemory(FilterKernel<M>, sizeof(Shared<M>)); error != cudaSuccess) return error;
-  FilterKernel<M><<<static_cast<unsigned>(blocks), kWarps * kWarp, sizeof(Shared<M>), stream>>>(
+  if (error = AllowSharedMemory(FilterKernel<M, kSets>, sizeof(Memory)); error != cudaSuccess) return error;
+  FilterKernel<M, kSets><<<static_cast<unsigned>(blocks), kWarps * kWarp, sizeof(Memory), stream>>>(
       args, clouds, static_cast<unsigned>(per_entry), scratch);
   return cudaGetLastError();
+}
+
+template <class M>
+cudaError_t LaunchForK(const Search<float>& args, void* memory, int64_t bytes, cudaStream_t stream) {
+  static_assert(kFilterMaxK == 2 * kWarp);
+  return args.K <= kWarp ? Launch<M, 1>(args, memory, bytes, stream) : Launch<M, 2>(args, memory, bytes, stream);
 }
 
 }  // namespace
@@ -535,8 +559,9 @@ namespace knn {
 
 cudaError_t LaunchFilterSearch(const Search<float>& args, MetricKind metric, void* scratch, int64_t bytes,
                                cudaStream_t stream) {
-  return metric == MetricKind::kAnisotropic ? KNN_ISA::Launch<KNN_ISA::Anisotropic<float>>(args, scratch, bytes, stream)
-                                            : KNN_ISA::Launch<KNN_ISA::Isotropic<float>>(args, scratch, bytes, stream);
+  return metric == MetricKind::kAnisotropic
+             ? KNN_ISA::LaunchForK<KNN_ISA::Anisotropic<float>>(args, scratch, bytes, stream)
+             : KNN_ISA::LaunchForK<KNN_ISA::Isotropic<float>>(args, scratch, bytes, stream);
 }
 
 }  // namespace knn

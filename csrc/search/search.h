@@ -10,7 +10,7 @@
 namespace knn {
 
 inline constexpr int kCudaMaxK = 256;   // of the CUDA searches
-inline constexpr int kFilterMaxK = 32;  // of cuda_filter.cu
+inline constexpr int kFilterMaxK = 64;  // of cuda_filter.cu
 
 // Sizes after the batch axes stand behind each array.
 template <class T>

@@ -196,6 +196,7 @@ int main() {
       Exercise<float, BFloat16>(metric, 9, 130, 33, 100, shared);
       Exercise<float, Half>(metric, 9, 600, 64, 256, shared);
       Exercise<float, float>(metric, 30, 300, 8, 50, shared);
+      Exercise<float, float>(metric, 100, 5000, 8, 40, shared);
       Exercise<float, float>(metric, 3, 40, 4, 5, shared, 1025);  // more clouds than a sort key has bits for at first
       Exercise<double, double>(metric, 33, 257, 65, 40, shared);
       Exercise<double, double>(metric, 70, 300, 64, 8, shared);
