@@ -31,7 +31,11 @@ def _fast_options():
     """Compiler options for tests of structure and not of rounding: on the CPU, compile times would dominate."""
     if PLATFORM != "cpu":
         return {}
-    candidates = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    candidates = {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
+    }
     accepted = {}
     for name, value in candidates.items():  # XLA drops options between versions
         try:
