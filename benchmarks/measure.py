@@ -42,9 +42,18 @@ def keep_freed_memory() -> None:
 class Program:
     """A call of ``fn`` on fixed arrays, compiled once: beforehand by ``compile``, or else in the first call."""
 
+    calls = 1
+
     def __init__(self, fn: Callable[..., Any], *args: Any):
         self.fn, self.args = fn, args
         self._compiled: Any = None
+
+    def in_a_row(self, calls: int) -> Program:
+        """As many calls, none of which XLA can share with another: each has parameters and results of its own."""
+        n = len(self.args)
+        program = Program(lambda *x: [self.fn(*x[i * n : (i + 1) * n]) for i in range(calls)], *self.args * calls)
+        program.calls = calls
+        return program
 
     def compile(self) -> Any:
         if self._compiled is None:
@@ -81,12 +90,13 @@ class Session:
 
     def measure(self, cases: Sequence[Case]) -> dict[str, Any]:
         """Compiles everything, on all cores, and then times case by case. Milliseconds, nested by the cases' keys."""
-        programs = [c for case in cases for c in case.contestants.values() if isinstance(c, Program)]
-        with concurrent.futures.ThreadPoolExecutor(min(16, threads())) as pool:
-            compiling = [pool.submit(program.compile) for program in programs]
-            finished = concurrent.futures.as_completed(compiling)
-            for future in bar(f"{self.name}: compiling", finished, len(programs)):
-                future.result()
+        self._compile(cases)
+        if self.large:
+            cases = [
+                dataclasses.replace(case, contestants={who: _on_device(c) for who, c in case.contestants.items()})
+                for case in bar(f"{self.name}: trying", cases, len(cases))
+            ]
+            self._compile(cases)
         out: dict[str, Any] = {}
         # A GPU's clock does not drift as a shared CPU does, and launching is what a short chain would measure.
         chain_seconds, most_seconds = (0.01, 0.4) if self.large else (0.0, 1.5)
@@ -101,6 +111,25 @@ class Session:
             say(f"{', '.join(case.keys)}, ms: {each}")
         return out
 
+    def _compile(self, cases: Sequence[Case]) -> None:
+        programs = [c for case in cases for c in case.contestants.values() if isinstance(c, Program)]
+        with concurrent.futures.ThreadPoolExecutor(min(16, threads())) as pool:
+            compiling = [pool.submit(program.compile) for program in programs]
+            finished = concurrent.futures.as_completed(compiling)
+            for future in bar(f"{self.name}: compiling", finished, len(programs)):
+                future.result()
+
+
+CALLS = 8
+
+
+def _on_device(call: Callable[[], Any]) -> Callable[[], Any]:
+    """What to time on a GPU. Of a short program, the time to launch it would be measured: several calls make one."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return call.in_a_row(CALLS) if isinstance(call, Program) and time.perf_counter() - start < 1e-3 else call
+
 
 def medians(
     contestants: Mapping[str, Callable[[], Any]], rounds: int, chain_seconds: float, most_seconds: float
@@ -109,8 +138,10 @@ def medians(
 
     Contestants take turns, so that a machine whose speed drifts is fair to all. Each turn is a chain of calls with one
     wait at the end, about ``chain_seconds`` long: where a call takes the device longer than the host needs to launch
-    it, that is device time. A contestant leaves after ``rounds`` turns, or three or more that took ``most_seconds``.
+    it, that is device time. A program of several calls counts as so many. A contestant leaves after ``rounds`` turns,
+    or three or more that took ``most_seconds``.
     """
+    calls = {name: getattr(call, "calls", 1) for name, call in contestants.items()}
     chain = {}
     for name, call in contestants.items():
         jax.block_until_ready(call())
@@ -120,15 +151,21 @@ def medians(
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
-            if len(times[name]) >= 3 and sum(times[name]) * chain[name] > 1e3 * most_seconds:
+            if len(times[name]) >= 3 and sum(times[name]) * chain[name] * calls[name] > 1e3 * most_seconds:
                 continue
             start = time.perf_counter()
             for _ in range(chain[name]):
                 out = call()
             jax.block_until_ready(out)
-            times[name].append((time.perf_counter() - start) / chain[name] * 1e3)
+            times[name].append((time.perf_counter() - start) / chain[name] / calls[name] * 1e3)
     return {
-        name: {"median_ms": statistics.median(ts), "min_ms": min(ts), "max_ms": max(ts), "turns": len(ts)}
+        name: {
+            "median_ms": statistics.median(ts),
+            "min_ms": min(ts),
+            "max_ms": max(ts),
+            "turns": len(ts),
+            "calls_per_program": calls[name],
+        }
         for name, ts in times.items()
     }
 

@@ -1,15 +1,12 @@
 // The distortion loss on CUDA: one warp a ray.
 //
-// A warp copies a ray's samples to shared memory, and the next ray's while it computes with this one. Of a ray in
-// shared memory each lane has a run of neighbouring samples, an odd number of them, so that lanes meet different banks.
-// Every lane sums its run, shuffles join the runs, and from what lies before its run each lane then gives every sample
-// the sums of formulas.h, once from either end. Gradients take the place of what they are gradients in, and are copied
-// out. A ray longer than a tile goes through in tiles, twice: a sweep from the right first leaves its parts of the
-// gradients in the results, where each lane later finds what it wrote itself.
+// A ray goes through in tiles, of which each lane has a run of neighbouring samples in registers. It sums its run from
+// either end, shuffles join the runs, and from what is on either side of its run each lane completes the sums of
+// formulas.h for its samples. Gradients are put in order in shared memory, so that they are written in whole lines.
+//
+// Of a ray of several tiles, a sweep from the right sums all but the first, before any gradient is computed. What is to
+// the right of a tile then waits where the tile's gradients will be.
 
-#include <cuda_pipeline_primitives.h>
-
-#include <algorithm>
 #include <type_traits>
 
 #include "common/cuda.cuh"
@@ -19,11 +16,7 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int kWarps = 2;             // of a block; they have nothing in common
-constexpr int kMaxTile = 1024;        // samples
-constexpr int kWarpBytes = 24 << 10;  // of shared memory, at most; a block then has what it may without asking
-constexpr int kMaxRays = 8;           // of a warp, one after another
-constexpr int kFewRays = 4096;        // so few are worth a warp each
+constexpr int kWarps = 2;  // of a block; they have nothing in common
 
 // Which gradients are wanted. The loss, if none are; with tangents also beside gradients.
 enum class Gradients { kNone, kWeights, kAll };
@@ -38,6 +31,14 @@ template <class N>
 __device__ __forceinline__ Twofold<N> operator+(const Twofold<N>& a, const Twofold<N>& b) {
   const N sum = a.high + b.high, of_b = sum - a.high;  // Knuth's TwoSum
   return {sum, a.low + b.low + ((a.high - (sum - of_b)) + (b.high - of_b))};
+}
+template <class N>
+__device__ __forceinline__ Twofold<N> Negative(const Twofold<N>& x) {
+  return {Scale(-1, x.high), Scale(-1, x.low)};
+}
+template <class N>
+__device__ __forceinline__ N Negative(const N& x) {
+  return Scale(-1, x);
 }
 template <class N>
 __device__ __forceinline__ N Rounded(const N& sum) {
@@ -56,18 +57,14 @@ __device__ __forceinline__ N Plus(const Twofold<N>& sum, const N& x) {
   return sum.high + (sum.low + x);
 }
 
-// Sums over neighbouring samples, in the order of x, which is m in a sweep from the left and −m in one from the right.
-template <class N, class Mass>
-struct Run {
-  Mass mass;
-  N moment;  // about x
-  N x;       // of the last sample
-};
-
-// Of a run and the one that follows it.
-template <class N, class Mass>
-__device__ __forceinline__ Run<N, Mass> Join(const Run<N, Mass>& a, const Run<N, Mass>& b) {
-  return {a.mass + b.mass, Rounded(a.mass) * (b.x - a.x) + a.moment + b.moment, b.x};
+// a·b + c
+template <class T>
+__device__ __forceinline__ T MultiplyAdd(T a, T b, T c) {
+  return fma(a, b, c);
+}
+template <class T>
+__device__ __forceinline__ Dual<T> MultiplyAdd(const Dual<T>& a, const Dual<T>& b, const Dual<T>& c) {
+  return {fma(a.value, b.value, c.value), fma(a.value, b.tangent, fma(a.tangent, b.value, c.tangent))};
 }
 
 template <class T>
@@ -82,293 +79,398 @@ template <class N>
 __device__ __forceinline__ Twofold<N> Shuffle(const Twofold<N>& x, int lane) {
   return {Shuffle(x.high, lane), Shuffle(x.low, lane)};
 }
-template <class N, class Mass>
-__device__ __forceinline__ Run<N, Mass> Shuffle(const Run<N, Mass>& run, int lane) {
-  return {Shuffle(run.mass, lane), Shuffle(run.moment, lane), Shuffle(run.x, lane)};
-}
 
-// What comes before this lane's run: `carry` and the runs of the lanes before. All runs join the carry.
-template <bool kForward, class Run>
-__device__ __forceinline__ Run Before(Run run, Run& carry) {
-  const int lane = threadIdx.x % kWarp, rank = kForward ? lane : kWarp - 1 - lane;
-  const auto lane_before = [&](int step) { return (kForward ? lane - step : lane + step) & (kWarp - 1); };
+// Replaces each lane's `left` by the sum over this lane and those to its left, and, if that is wanted, `right`
+// likewise: both at once, so that one waits while the other goes on.
+template <bool kRight, class S>
+__device__ __forceinline__ void RunningSums(S& left, S& right) {
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const Run other = Shuffle(run, lane_before(step));
-    if (rank >= step) run = Join(other, run);
+    const S more_left = Shuffle(left, lane - step), more_right = kRight ? Shuffle(right, lane + step) : S{};
+    if (lane >= step) left = more_left + left;
+    if (kRight && lane + step < kWarp) right = more_right + right;
   }
-  const Run lanes = Shuffle(run, lane_before(1)), all = Shuffle(run, kForward ? kWarp - 1 : 0);
-  const Run before = rank == 0 ? carry : Join(carry, lanes);
-  carry = Join(carry, all);
-  return before;
+}
+// For floats, without the comparisons: a shuffle knows whether the lane it asks for exists.
+template <bool kRight>
+__device__ __forceinline__ void RunningSums(float& left, float& right) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    if constexpr (kRight) {
+      asm volatile(
+          "{ .reg .f32 l, r; .reg .pred in_l, in_r;"
+          " shfl.sync.up.b32 l|in_l, %0, %2, 0, 0xffffffff; shfl.sync.down.b32 r|in_r, %1, %2, 31, 0xffffffff;"
+          " @in_l add.f32 %0, l, %0; @in_r add.f32 %1, r, %1; }"
+          : "+f"(left), "+f"(right)
+          : "r"(step));
+    } else {
+      asm volatile(
+          "{ .reg .f32 l; .reg .pred in_l;"
+          " shfl.sync.up.b32 l|in_l, %0, %1, 0, 0xffffffff; @in_l add.f32 %0, l, %0; }"
+          : "+f"(left)
+          : "r"(step));
+    }
+  }
+}
+template <bool kRight>
+__device__ __forceinline__ void RunningSums(Dual<float>& left, Dual<float>& right) {
+  RunningSums<kRight>(left.value, right.value);
+  RunningSums<kRight>(left.tangent, right.tangent);
 }
 
-struct Ray {
-  int64_t b, r;  // batch entry, and which of its rays
-  int64_t begin, length;
+// Sums over neighbouring samples, in the order of x, which is m in a sweep from the left and −m in one from the right.
+template <class N, class Mass>
+struct Run {
+  Mass mass;
+  N moment;  // about x
+  N x;       // of the last sample
 };
 
-template <class T, bool kTangents, Gradients kGradients>
-class Warp {
- public:
+// Replaces this lane's run, as seen from the left and, if that is wanted, from the right, by what is beyond it on that
+// side: the runs of the lanes there, and behind them the carry. If there are more tiles, all runs then join the
+// carries.
+template <bool kRight, class Run>
+__device__ __forceinline__ void LookBeyond(Run& left, Run& right, Run& left_carry, Run& right_carry, bool more) {
+  const int lane = threadIdx.x % kWarp, last = kWarp - 1;
+  auto left_mass = left.mass, right_mass = right.mass;
+  RunningSums<kRight>(left_mass, right_mass);
+  Run on_left = {left_carry.mass + Shuffle(left_mass, lane - 1), {}, Shuffle(left.x, lane - 1)}, on_right = {};
+  if (lane == 0) on_left = left_carry;
+  if constexpr (kRight) {
+    on_right = {right_carry.mass + Shuffle(right_mass, lane + 1), {}, Shuffle(right.x, lane + 1)};
+    if (lane == last) on_right = right_carry;
+  }
+  // From run to run, the moment of all that is beyond grows by its mass times the way.
+  auto left_moment = MultiplyAdd(Rounded(on_left.mass), left.x - on_left.x, left.moment);
+  auto right_moment = MultiplyAdd(Rounded(on_right.mass), right.x - on_right.x, right.moment);
+  RunningSums<kRight>(left_moment, right_moment);
+  on_left.moment = left_carry.moment + Shuffle(left_moment, lane - 1);
+  if (lane == 0) on_left.moment = left_carry.moment;
+  if constexpr (kRight) {
+    on_right.moment = right_carry.moment + Shuffle(right_moment, lane + 1);
+    if (lane == last) on_right.moment = right_carry.moment;
+  }
+  if (more) {
+    left_carry = {left_carry.mass + Shuffle(left_mass, last), left_carry.moment + Shuffle(left_moment, last),
+                  Shuffle(left.x, last)};
+    if constexpr (kRight) {
+      right_carry = {right_carry.mass + Shuffle(right_mass, 0), right_carry.moment + Shuffle(right_moment, 0),
+                     Shuffle(right.x, 0)};
+    }
+  }
+  left = on_left;
+  right = on_right;
+}
+
+template <class T>
+struct alignas(16) Packet {
+  static constexpr int kSize = 16 / sizeof(T);
+  T x[kSize];
+};
+
+// One ray: its arrays from its first sample on, null where not given or not wanted.
+template <class T>
+struct Ray {
+  int length, shift;  // tiles begin `shift` samples before the ray, so that packets are aligned
+  const T *w, *m, *interval, *v_w, *v_m, *v_interval;
+  T *w_bar, *m_bar, *interval_bar;
+  bool shared_interval;
+  T ct;
+};
+
+template <class T, bool kTangents, Gradients kGradients, int kPackets>
+struct Tiles {
   using N = std::conditional_t<kTangents, Dual<T>, T>;
   static constexpr bool kWeights = kGradients != Gradients::kNone, kAll = kGradients == Gradients::kAll;
   using Sums = Run<N, std::conditional_t<kAll, Twofold<N>, N>>;
-  static constexpr int kParts = kAll ? 2 : kWeights ? 1 : 0;  // that wait for the sweep from the left
+  static constexpr int kPacket = Packet<T>::kSize;
+  static constexpr int kEach = kPackets * kPacket;  // samples of a lane
+  static constexpr int kTile = kWarp * kEach;
 
-  // Elements of shared memory for a sample.
-  static __host__ __device__ int Width(const Distortion<T>& args) { return 2 * Operands(args) + kParts; }
-
-  __device__ Warp(const Distortion<T>& args, int tile, T* memory)
-      : args_(args), tile_(tile), part_w_(memory), part_m_(memory + tile), stages_(memory + kParts * tile) {}
-
-  // Starts copying a ray, if it fits into a tile. Each is followed by that of the next ray, then computed with.
-  __device__ __forceinline__ void Prefetch(const Ray& ray, int stage) {
-    if (ray.length <= tile_) Fetch(ray, 0, static_cast<int>(ray.length), Slots(stage));
-    __pipeline_commit();
-  }
-
-  __device__ __forceinline__ void Compute(const Ray& ray, int stage) {
-    const Samples samples = Slots(stage);
-    const T factor = kWeights ? 2 * At(args_.ct, args_.batch, ray.b)[ray.r] : T(0);
-    const int64_t from = ray.b * args_.N + ray.begin, tiles = CeilDiv(ray.length, tile_);
-    const auto result = [from](T* a) { return a == nullptr ? nullptr : a + from; };
-    T *const w_bar = result(args_.w_bar), *const m_bar = result(args_.m_bar);
-    T* const interval_bar = args_.shared_interval ? nullptr : result(args_.interval_bar);
-    const N shared_interval = args_.shared_interval ? Make(At(args_.interval, args_.batch, ray.b),
-                                                           AtOrNull(args_.v_interval, args_.batch, ray.b), 0)
-                                                    : N{};
-    __pipeline_wait_prior(1);
-    __syncwarp();
-    const auto load = [&](int64_t at) {
-      const int count = static_cast<int>(min(ray.length - at, int64_t{tile_}));
-      if (tiles > 1) {
-        Fetch(ray, at, count, samples);
-        __pipeline_commit();
-        __pipeline_wait_prior(0);
-        __syncwarp();
-      }
-      return count;
-    };
-
-    Sums left = {}, right = {};
-    if constexpr (kWeights) {
-      for (int64_t at = (tiles - 1) * tile_; at > 0; at -= tile_) {
-        SweepFromRight(samples, load(at), right, w_bar == nullptr ? nullptr : w_bar + at,
-                       m_bar == nullptr ? nullptr : m_bar + at);
-        __syncwarp();
-      }
-    }
-    T loss = 0, interval_sum = 0;
-    for (int64_t at = 0; at < ray.length; at += tile_) {
-      const int count = load(at);
-      if constexpr (kWeights) {
-        if (at == 0) SweepFromRight(samples, count, right, part_w_, part_m_);
-      }
-      const T *const part_w = at == 0 ? part_w_ : w_bar + at, *const part_m = at == 0 ? part_m_ : m_bar + at;
-      Sweep<true>(samples, count, left, [&](int i, N w, const Side<N>& side) {
-        const N interval = args_.shared_interval ? shared_interval : Make(samples.interval, samples.v_interval, i);
-        if constexpr (kTangents || !kWeights) loss += Result(HalfLoss(w, interval, side));
-        if constexpr (kWeights) {
-          if (w_bar != nullptr) samples.w[i] = factor * (part_w[i] + Result(HalfWeightBar(w, interval, side)));
-        }
-        if constexpr (kAll) {
-          if (m_bar != nullptr) samples.m[i] = factor * (part_m[i] + Result(HalfPositionBar(w, side)));
-          const T bar = factor * Result(HalfIntervalBar(w));
-          if (interval_bar != nullptr) samples.interval[i] = bar;
-          interval_sum += bar;
-        }
-      });
-      __syncwarp();
-      if constexpr (kWeights) Store(samples.w, w_bar, at, count);
-      if constexpr (kAll) {
-        Store(samples.m, m_bar, at, count);
-        Store(samples.interval, interval_bar, at, count);
-      }
-      __syncwarp();  // before the next samples take their place
-    }
-
-    const int64_t at = ray.b * args_.R + ray.r;
-    if (args_.loss != nullptr) {
-      loss = 2 * WarpSum(loss);
-      if (threadIdx.x % kWarp == 0) args_.loss[at] = loss;
-    }
-    if (args_.interval_bar != nullptr && args_.shared_interval) {
-      interval_sum = WarpSum(interval_sum);
-      if (threadIdx.x % kWarp == 0) args_.interval_bar[at] = interval_sum;
-    }
-  }
-
- private:
-  // A tile of each operand, null for those that are not given or shared.
-  struct Samples {
-    T *w, *m, *interval, *v_w, *v_m, *v_interval;
+  // The tile that begins at `at` of the ray. Its samples [begin, end) are the ray's.
+  struct Part {
+    int at, begin, end;
+    __device__ __forceinline__ Part(const Ray<T>& ray, int at)
+        : at(at), begin(at < 0 ? ray.shift : 0), end(min(ray.length - at, kTile)) {}
   };
 
-  static __host__ __device__ int Operands(const Distortion<T>& args) {
-    const auto given = [](const Operand<const T>& a) { return a.data != nullptr ? 1 : 0; };
-    return 2 + given(args.v_w) + given(args.v_m) + (args.shared_interval ? 0 : 1 + given(args.v_interval));
-  }
-
-  __device__ __forceinline__ Samples Slots(int stage) const {
-    T* at = stages_ + stage * Operands(args_) * tile_;
-    const auto slot = [&](bool given) {
-      T* const here = given ? at : nullptr;
-      at += given ? tile_ : 0;
-      return here;
-    };
-    Samples samples = {};
-    samples.w = slot(true);
-    samples.m = slot(true);
-    samples.interval = slot(!args_.shared_interval);
+  static __device__ __forceinline__ int Lane() { return threadIdx.x % kWarp; }
+  static __device__ __forceinline__ N Make(T value, T tangent) {
     if constexpr (kTangents) {
-      samples.v_w = slot(args_.v_w.data != nullptr);
-      samples.v_m = slot(args_.v_m.data != nullptr);
-      samples.v_interval = slot(!args_.shared_interval && args_.v_interval.data != nullptr);
-    }
-    return samples;
-  }
-
-  __device__ __forceinline__ void Fetch(const Ray& ray, int64_t at, int count, const Samples& to) const {
-    const auto copy = [&](const Operand<const T>& a, T* slot) {
-      if (slot == nullptr) return;
-      const T* const from = At(a, args_.batch, ray.b) + ray.begin + at;
-#pragma unroll 4
-      for (int i = threadIdx.x % kWarp; i < count; i += kWarp) __pipeline_memcpy_async(slot + i, from + i, sizeof(T));
-    };
-    copy(args_.w, to.w);
-    copy(args_.m, to.m);
-    copy(args_.interval, to.interval);
-    if constexpr (kTangents) {
-      copy(args_.v_w, to.v_w);
-      copy(args_.v_m, to.v_m);
-      copy(args_.v_interval, to.v_interval);
-    }
-  }
-
-  static __device__ __forceinline__ void Store(const T* slot, T* to, int64_t at, int count) {
-    if (to == nullptr) return;
-    for (int i = threadIdx.x % kWarp; i < count; i += kWarp) to[at + i] = slot[i];
-  }
-
-  static __device__ __forceinline__ N Make(const T* value, const T* tangent, int i) {
-    if constexpr (kTangents) {
-      return {value[i], tangent == nullptr ? T(0) : tangent[i]};
+      return {value, tangent};
     } else {
-      return value[i];
+      return value;
     }
   }
-
-  // Calls visit(i, w, side) for the samples of this lane, where side has the sums over all samples before in the
-  // direction of the sweep. `carry` are the sums of the tiles before, and of this one too afterwards.
-  template <bool kForward, class Visit>
-  static __device__ __forceinline__ void Sweep(const Samples& samples, int count, Sums& carry, const Visit& visit) {
-    const int each = CeilDiv(count, kWarp) | 1, lane = threadIdx.x % kWarp;
-    const int begin = min(lane * each, count), end = min(begin + each, count);
-    const auto x = [&](int i) { return Scale(kForward ? 1 : -1, Make(samples.m, samples.v_m, i)); };
-    const auto weight = [&](int i) { return Make(samples.w, samples.v_w, i); };
-
-    // Lanes behind the last sample have an empty run at it.
-    N mass = {}, moment = {};
-    const N at = x(kForward ? end - 1 : min(begin, count - 1));
-#pragma unroll 4
-    for (int i = begin; i < end; ++i) {
-      const N w = weight(i);
-      mass = mass + w;
-      moment = moment + w * (at - x(i));
-    }
-    const Sums before = Before<kForward>(Sums{mass, moment, at}, carry);
-
-    // Sums within the run are kept apart, so that large sums are rounded once a sample.
-    N last = before.x;
-    mass = moment = {};
-#pragma unroll 4
-    for (int k = 0; k < end - begin; ++k) {
-      const int i = kForward ? begin + k : end - 1 - k;
-      const N w = weight(i), here = x(i);
-      moment = moment + mass * (here - last);
-      const N jump = Rounded(before.mass) * (here - before.x);
-      visit(i, w, Side<N>{Plus(before.mass, mass), before.moment + jump + moment});
-      mass = mass + w;
-      last = here;
-    }
+  static __device__ __forceinline__ bool IsPacked(const T* a) {
+    return reinterpret_cast<uintptr_t>(a) % sizeof(Packet<T>) == 0;
   }
 
-  static __device__ __forceinline__ void SweepFromRight(const Samples& samples, int count, Sums& carry, T* part_w,
-                                                        T* part_m) {
-    Sweep<false>(samples, count, carry, [&](int i, N w, const Side<N>& side) {
-      if (part_w != nullptr) part_w[i] = Result(HalfWeightBarFromRight(side));
-      if constexpr (kAll) {
-        if (part_m != nullptr) part_m[i] = Result(HalfPositionBarFromRight(w, side));
+  // Of an array, samples [i, i + kPacket) of a tile; zeros outside the ray, whose weight changes no sum that is used.
+  static __device__ __forceinline__ Packet<T> Load(const T* a, const Part& part, int i) {
+    const T* const from = a + part.at + i;
+    if (i >= part.begin && i + kPacket <= part.end && IsPacked(from)) return *reinterpret_cast<const Packet<T>*>(from);
+    Packet<T> packet;
+#pragma unroll
+    for (int e = 0; e < kPacket; ++e) packet.x[e] = i + e >= part.begin && i + e < part.end ? from[e] : T(0);
+    return packet;
+  }
+
+  // This lane's samples of an array and its tangents.
+  static __device__ __forceinline__ void LoadAll(const T* values, const T* tangents, const Part& part, N (&x)[kEach]) {
+    const int i = Lane() * kEach;
+    Packet<T> value[kPackets], tangent[kPackets] = {};
+    const auto load = [&](const T* a, Packet<T>(&packets)[kPackets]) {
+      if (part.begin == 0 && part.end == kTile && IsPacked(a + part.at)) {
+#pragma unroll
+        for (int j = 0; j < kPackets; ++j) {
+          packets[j] = *reinterpret_cast<const Packet<T>*>(a + part.at + i + j * kPacket);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPackets; ++j) packets[j] = Load(a, part, i + j * kPacket);
       }
-    });
+    };
+    load(values, value);
+    if (kTangents && tangents != nullptr) load(tangents, tangent);
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) x[e] = Make(value[e / kPacket].x[e % kPacket], tangent[e / kPacket].x[e % kPacket]);
   }
 
-  const Distortion<T>& args_;
-  const int tile_;
-  T *const part_w_, *const part_m_, *const stages_;
+  // Where packet p of a tile is in shared memory: neighbouring lanes meet different banks, whether they access
+  // neighbouring packets or have kPackets neighbouring ones each.
+  static __device__ __forceinline__ int Place(int p) { return p ^ (p / 8 & (kPackets - 1)); }
+
+  // Writes a tile of a result.
+  static __device__ __forceinline__ void Store(const Packet<T>* slot, T* result, const Part& part) {
+    if (result == nullptr) return;
+    T* const to = result + part.at;
+    const bool packed = IsPacked(to);
+    if (packed && part.begin == 0 && part.end == kTile) {
+#pragma unroll
+      for (int j = 0; j < kPackets; ++j) {
+        const int p = j * kWarp + Lane();
+        *reinterpret_cast<Packet<T>*>(to + p * kPacket) = slot[Place(p)];
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kPackets; ++j) {
+      const int p = j * kWarp + Lane(), i = p * kPacket;
+      const Packet<T>& packet = slot[Place(p)];
+      if (packed && i >= part.begin && i + kPacket <= part.end) {
+        *reinterpret_cast<Packet<T>*>(to + i) = packet;
+      } else {
+#pragma unroll 1
+        for (int e = max(part.begin - i, 0); e < min(part.end - i, kPacket); ++e) to[i + e] = packet.x[e];
+      }
+    }
+  }
+
+  // Adds this lane's share of half the ray's loss, or of its tangent, and of the interval's gradient.
+  static __device__ __forceinline__ void Compute(const Ray<T>& ray, Packet<T>* slots, T& loss, T& interval_sum) {
+    // What is to the right of a tile waits at its first sample. There is room, since the tile is not the last.
+    T* const bars = ray.w_bar != nullptr ? ray.w_bar : ray.m_bar;
+    const auto copy = [](const T* from, T* to) {
+#pragma unroll
+      for (int i = 0; i < int{sizeof(Sums) / sizeof(T)}; ++i) to[i] = from[i];
+    };
+    const int last = (ray.length + ray.shift - 1) / kTile * kTile - ray.shift;  // where the last tile begins
+    bool sweep = kWeights && last > 0 && bars != nullptr;
+    Sums left_of = {}, right_of = {};  // the tiles still to come
+    const N shared =
+        ray.shared_interval ? Make(*ray.interval, ray.v_interval == nullptr ? T(0) : *ray.v_interval) : N{};
+    for (int at = sweep ? last : -ray.shift; at < ray.length;) {
+      const Part part(ray, at);
+      N w[kEach], m[kEach];
+      LoadAll(ray.w, ray.v_w, part, w);
+      LoadAll(ray.m, ray.v_m, part, m);
+
+      // Sums within the run: of the moments on both sides, and the difference of their masses.
+      N moments[kEach] = {}, balance[kEach] = {}, mass = {}, moment = {};
+      Sums left = {}, right = {};
+      if constexpr (kWeights) {
+#pragma unroll
+        for (int e = kEach - 1; e >= 0; --e) {
+          if (e < kEach - 1) moment = MultiplyAdd(mass, m[e + 1] - m[e], moment);
+          moments[e] = moment;
+          balance[e] = mass;
+          mass = mass + w[e];
+        }
+        right = {mass, moment, Scale(-1, m[0])};
+        if (sweep) {
+          LookBeyond<kWeights>(left, right, left_of, right_of, true);
+          at -= kTile;
+          if (Lane() == 0) copy(reinterpret_cast<const T*>(&right_of), bars + max(at, 0));
+          __syncwarp();
+          sweep = at > 0;
+          left_of = {};
+          continue;
+        }
+        if (at == last) {
+          right_of = {};
+        } else if (bars != nullptr) {
+          copy(bars + max(at, 0), reinterpret_cast<T*>(&right_of));
+        }
+      }
+      mass = moment = N{};
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        if (e > 0) moment = MultiplyAdd(mass, m[e] - m[e - 1], moment);
+        moments[e] = moment + moments[e];
+        balance[e] = mass - balance[e];
+        mass = mass + w[e];
+      }
+      left = {mass, moment, m[kEach - 1]};
+      LookBeyond<kWeights>(left, right, left_of, right_of, at < last);
+
+      const N moment_outside = left.moment + right.moment;
+      const auto mass_outside = left.mass + Negative(right.mass);
+      const T factor = 2 * ray.ct;
+      Packet<T>*const w_slot = slots, *const m_slot = slots + kWarp * kPackets,
+                      *const interval_slot = slots + 2 * kWarp * kPackets;
+#pragma unroll
+      for (int j = 0; j < kPackets; ++j) {
+        N interval[kPacket];
+        if (ray.shared_interval) {
+#pragma unroll
+          for (int k = 0; k < kPacket; ++k) interval[k] = shared;
+        } else {
+          const int i = Lane() * kEach + j * kPacket;
+          const Packet<T> value = Load(ray.interval, part, i);
+          Packet<T> tangent = {};
+          if (kTangents && ray.v_interval != nullptr) tangent = Load(ray.v_interval, part, i);
+#pragma unroll
+          for (int k = 0; k < kPacket; ++k) interval[k] = Make(value.x[k], tangent.x[k]);
+        }
+        Packet<T> w_bar, m_bar, interval_bar;
+#pragma unroll
+        for (int k = 0; k < kPacket; ++k) {
+          const int e = j * kPacket + k;
+          // The gradients add what is on both sides, masses with opposite signs. So may the loss, of whose pairs each
+          // then counts from both sides.
+          Side<N> both = {Plus(mass_outside, balance[e]), moment_outside + moments[e]};
+          both.moment = MultiplyAdd(Rounded(left.mass), m[e] - left.x, both.moment);
+          if constexpr (kWeights) {
+            both.moment = MultiplyAdd(Rounded(right.mass), Scale(-1, m[e]) - right.x, both.moment);
+            w_bar.x[k] = factor * Result(HalfWeightBar(w[e], interval[k], both));
+          }
+          if constexpr (kAll) {
+            m_bar.x[k] = factor * Result(HalfPositionBar(w[e], both));
+            interval_bar.x[k] = factor * Result(HalfIntervalBar(w[e]));
+            interval_sum += interval_bar.x[k];
+          }
+          if constexpr (kTangents || !kWeights) {
+            if constexpr (kWeights) both.moment = Scale(0.5, both.moment);
+            loss += Result(HalfLoss(w[e], interval[k], both));
+          }
+        }
+        const int place = Place(Lane() * kPackets + j);
+        if constexpr (kWeights) w_slot[place] = w_bar;
+        if constexpr (kAll) m_slot[place] = m_bar, interval_slot[place] = interval_bar;
+      }
+      __syncwarp();
+      if constexpr (kWeights) Store(w_slot, ray.w_bar, part);
+      if constexpr (kAll) {
+        Store(m_slot, ray.m_bar, part);
+        Store(interval_slot, ray.interval_bar, part);
+      }
+      __syncwarp();  // before the next tile's take their place
+      at += kTile;
+    }
+  }
 };
 
-template <class T, bool kTangents, Gradients kGradients>
-__global__ void __launch_bounds__(kWarps* kWarp)
-    RayKernel(const Distortion<T> args, int64_t rows, int rays_per_warp, int tile) {
-  extern __shared__ uint4 shared_memory[];
-  using W = Warp<T, kTangents, kGradients>;
-  const int lane = threadIdx.x % kWarp, index = threadIdx.x / kWarp;
-  W warp(args, tile, reinterpret_cast<T*>(shared_memory) + index * W::Width(args) * tile);
-  const int64_t first = int64_t{blockIdx.x} * kWarps * rays_per_warp + index;
-  const int64_t behind = min(rows, first + int64_t{kWarps} * rays_per_warp);
-  // No samples where there is no ray.
-  const auto find = [&](int64_t row) -> Ray {
-    if (row >= behind) return {};
-    if (args.offsets.data == nullptr) return {row, 0, 0, args.N};
-    const int64_t rays = Rows(args), b = rows == rays ? 0 : row / rays, r = row - b * rays;
-    if (args.R == 0) return {b, 0, 0, 0};
-    const int32_t* offsets = At(args.offsets, args.batch, b);
-    const int64_t begin = offsets[r];
-    return {b, r, begin, offsets[r + 1] - begin};
-  };
+// Registers bound how many packets a lane can have.
+template <class T, class N>
+constexpr int kMaxPackets = 4 * sizeof(T) / sizeof(N);
 
-  Ray ray = find(first), next = find(first + kWarps);
-  warp.Prefetch(ray, 0);
-  int stage = 0;
-  for (int64_t row = first; row < behind; row += kWarps) {
-    warp.Prefetch(next, 1 - stage);
-    const Ray after = find(row + 2 * kWarps);
-    if (args.offsets.data != nullptr && kGradients != Gradients::kNone) {
+// Warps that are to fit on a multiprocessor. More loads are then under way; but fewer registers are left for each.
+template <class N, Gradients kGradients>
+constexpr int kMinWarps = sizeof(N) == 16                  ? 8
+                          : sizeof(N) == 8                 ? 12
+                          : kGradients == Gradients::kNone ? 20
+                                                           : 16;
+
+template <class T, bool kTangents, Gradients kGradients, class N = std::conditional_t<kTangents, Dual<T>, T>>
+__global__ void __launch_bounds__(kWarps* kWarp, (kMinWarps<N, kGradients> / kWarps))
+    RayKernel(const Distortion<T> args, int64_t rows) {
+  constexpr int kMost = kMaxPackets<T, N>, kResults = kGradients == Gradients::kAll ? 3 : 1;
+  __shared__ Packet<T> slots[kWarps][kResults * kMost * kWarp];
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  const int lane = threadIdx.x % kWarp;
+  int64_t b = row, r = 0, begin = 0, end = args.N;
+  if (args.offsets.data != nullptr) {
+    const int64_t rays = Rows(args);
+    b = rows == rays ? 0 : row / rays;
+    r = row - b * rays;
+    const int32_t* offsets = At(args.offsets, args.batch, b);
+    if constexpr (kGradients != Gradients::kNone) {
       // Samples outside all rays, which may be many where arrays are padded, are shared out among the entry's warps.
-      const int32_t* offsets = At(args.offsets, args.batch, ray.b);
-      const int64_t before = offsets[0], behind_all = offsets[args.R], outside = before + args.N - behind_all;
-      for (int64_t i = ray.r * kWarp + lane; i < outside; i += Rows(args) * kWarp) {
-        const int64_t at = ray.b * args.N + (i < before ? i : i - before + behind_all);
+      const int64_t before = offsets[0], behind = offsets[args.R], outside = before + args.N - behind;
+      for (int64_t i = r * kWarp + lane; i < outside; i += rays * kWarp) {
+        const int64_t at = b * args.N + (i < before ? i : i - before + behind);
         if (args.w_bar != nullptr) args.w_bar[at] = 0;
         if (args.m_bar != nullptr) args.m_bar[at] = 0;
         if (args.interval_bar != nullptr && !args.shared_interval) args.interval_bar[at] = 0;
       }
     }
-    if (args.R > 0) warp.Compute(ray, stage);
-    ray = next;
-    next = after;
-    stage = 1 - stage;
+    if (args.R == 0) return;
+    begin = offsets[r];
+    end = offsets[r + 1];
+  }
+
+  const auto operand = [&](const Operand<const T>& a, int64_t first) {
+    return a.data == nullptr ? nullptr : At(a, args.batch, b) + first;
+  };
+  const auto result = [&](T* a) { return a == nullptr ? nullptr : a + b * args.N + begin; };
+  Ray<T> ray;
+  ray.length = static_cast<int>(end - begin);
+  ray.w = operand(args.w, begin);
+  ray.m = operand(args.m, begin);
+  ray.interval = operand(args.interval, args.shared_interval ? 0 : begin);
+  ray.v_w = operand(args.v_w, begin);
+  ray.v_m = operand(args.v_m, begin);
+  ray.v_interval = operand(args.v_interval, args.shared_interval ? 0 : begin);
+  ray.w_bar = result(args.w_bar);
+  ray.m_bar = result(args.m_bar);
+  ray.interval_bar = args.shared_interval ? nullptr : result(args.interval_bar);
+  ray.shared_interval = args.shared_interval;
+  ray.ct = args.ct.data == nullptr ? T(0) : operand(args.ct, 0)[r];
+  constexpr int kPacket = Packet<T>::kSize;
+  ray.shift = static_cast<int>(reinterpret_cast<uintptr_t>(ray.w) / sizeof(T) % kPacket);
+
+  const int64_t packets = (end - begin + ray.shift + kPacket * kWarp - 1) / (kPacket * kWarp);
+  Packet<T>* const slot = slots[threadIdx.x / kWarp];
+  T loss = 0, interval_sum = 0;
+  if (packets <= 1) {
+    Tiles<T, kTangents, kGradients, 1>::Compute(ray, slot, loss, interval_sum);
+  } else if (kMost == 2 || packets <= 2) {
+    Tiles<T, kTangents, kGradients, 2>::Compute(ray, slot, loss, interval_sum);
+  } else {
+    Tiles<T, kTangents, kGradients, kMost>::Compute(ray, slot, loss, interval_sum);
+  }
+
+  const int64_t at = b * args.R + r;
+  if (args.loss != nullptr) {
+    loss = 2 * WarpSum(loss);
+    if (lane == 0) args.loss[at] = loss;
+  }
+  if (args.interval_bar != nullptr && args.shared_interval) {
+    interval_sum = WarpSum(interval_sum);
+    if (lane == 0) args.interval_bar[at] = interval_sum;
   }
 }
 
 template <class T, bool kTangents, Gradients kGradients>
 cudaError_t Launch(const Distortion<T>& args, cudaStream_t stream) {
-  const auto kernel = RayKernel<T, kTangents, kGradients>;
-  const int64_t rows = Count(args.batch) * Rows(args);
-  const int rays_per_warp = static_cast<int>(std::clamp<int64_t>(rows / kFewRays, 1, kMaxRays));
-  const int64_t blocks = CeilDiv(rows, kWarps * rays_per_warp);
+  const int64_t rows = Count(args.batch) * Rows(args), blocks = CeilDiv(rows, kWarps);
   if (blocks == 0) return cudaSuccess;
-  if (cudaError_t error = CheckGrid(blocks); error != cudaSuccess) return error;
-  const int bytes = Warp<T, kTangents, kGradients>::Width(args) * sizeof(T);
-  int tile = kMaxTile;
-  while (tile * bytes > kWarpBytes) tile /= 2;
-  tile = static_cast<int>(std::clamp<int64_t>(args.N, 1, tile));
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kWarps * kWarp, kWarps * tile * bytes, stream>>>(args, rows, rays_per_warp,
-                                                                                           tile);
+  // A ray's samples are counted in 32 bits.
+  if (cudaError_t error = CheckGrid(max(blocks, args.N)); error != cudaSuccess) return error;
+  RayKernel<T, kTangents, kGradients><<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args, rows);
   return cudaGetLastError();
 }
 

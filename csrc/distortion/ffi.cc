@@ -41,6 +41,10 @@ Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want) {
   a.interval_bar = a.shared_interval ? rays(Bit(want, 2)) : in.RetIf<T>(Bit(want, 2), a.batch, {a.N});
   a.loss = rays(Bit(want, 3));
   if (along == 0 && want > 8) in.Fail("without tangents, a call gives the loss or gradients");
+  if (along == 1 && want == 1) {  // linear; see formulas.h
+    a.w = a.v_w;
+    a.v_w = {};
+  }
   return a;
 }
 
