@@ -195,6 +195,48 @@ def test_accuracy_of_each_ray(N, tolerance, implementation, rng):
                     assert off.max() <= 3e-6, f"{what}: gradient in {argument} off by {off.max():.1e}"
 
 
+@pytest.mark.parametrize("which", [(0,), (0, 1, 2)])
+def test_long_rays(which, implementation, rng):
+    """Rays of several tiles, in first and second order, of gradients in w alone and in all."""
+    lengths = [0, 2500, 1, 1030, 700, 513, 1024]
+    x, ids = flat(rng, lengths, outside=(3, 5))
+    x = (abs(x[0]), *x[1:])
+    v = tuple(rng.random(a.shape) for a in x)
+
+    def derivatives(fn, x, v):
+        chosen = [x[i] for i in which]
+
+        def first(*chosen):
+            full = list(x)
+            for i, a in zip(which, chosen, strict=True):
+                full[i] = a
+            return fn(full)
+
+        every = tuple(range(len(which)))
+        gradient = jax.grad(first, every)
+        second = jax.grad(lambda *c: helpers.product(gradient(*c), tuple(v[i] for i in which)), every)
+        return gradient(*chosen), second(*chosen)
+
+    oracle = jax.jit(functools.partial(derivatives, lambda x: one_ray(*x)))
+    ours = jax.jit(
+        functools.partial(
+            derivatives, lambda x: loss(x, ids, len(lengths), reduction="sum", implementation=implementation)
+        )
+    )
+    narrow = tuple(jnp.asarray(a, jnp.float32) for a in x)
+    results = ours(narrow, tuple(jnp.asarray(a, jnp.float32) for a in v))
+    for r in range(len(lengths)):
+        ray = np.flatnonzero(ids == r)
+        if not len(ray):
+            continue
+        want = oracle(tuple(np.asarray(a, np.float64)[ray] for a in narrow), tuple(a[ray] for a in v))
+        for order, (got, bars) in enumerate(zip(results, want, strict=True), 1):
+            for i, a, b in zip(which, got, bars, strict=True):
+                off = np.linalg.norm(np.asarray(a, np.float64)[ray] - b) / max(np.linalg.norm(b), 1e-30)
+                assert off <= 3e-6 * order, f"ray of {len(ray)}, order {order}, operand {i}: {off:.1e}"
+    assert all(not np.asarray(a)[(ids < 0) | (ids >= len(lengths))].any() for got in results for a in got)
+
+
 def test_never_negative(implementation, rng):
     """A million rays: uneven weights, narrow and far from the origin."""
     B, N = 250_000, 9
