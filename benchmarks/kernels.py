@@ -1,4 +1,4 @@
-"""``python -m benchmarks.kernels``: what each CUDA kernel of an Eikonal step at W1 takes, and what binds it, by ncu.
+"""``python -m benchmarks.kernels [sphere] [uniform]``: what CUDA kernels of an Eikonal step at W1 take, by ncu.
 
 Needs ncu, of Nsight Compute. Writes results/kernels-cuda.json.
 """
@@ -6,9 +6,11 @@ Needs ncu, of Nsight Compute. Writes results/kernels-cuda.json.
 from __future__ import annotations
 
 import csv
+import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -23,6 +25,7 @@ METRICS = {
     "memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
 }
+ATTEMPTS = 3
 #: Kernels by name, in the order of an Eikonal step; the n-th QueryKernel is of the n-th role.
 QUERY_ROLES = ("value", "vjp for q", "vjp_vjp, queries", "vjp, queries")
 POINT_ROLES = ("vjp_vjp, points", "vjp, points")
@@ -32,20 +35,30 @@ GROUPS = {
 }
 
 
-def profile(cloud: str) -> list[dict[str, Any]]:
-    command = [
-        "ncu",
-        "--clock-control",
-        "none",
-        "--csv",
-        "--page",
-        "raw",
-        "-k",
-        "regex:Extents|Prepare|Kernel|Tile|Counts",
-    ]
-    command += ["--metrics", ",".join(METRICS.values()), sys.executable, "-m", "benchmarks.profile", "eikonal", cloud]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    header, _, *rows = csv.reader(line for line in out.splitlines() if line.startswith('"'))
+def profile(cloud: str) -> str:
+    """ncu's table, as CSV."""
+    command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw"]
+    command += ["-k", "regex:Extents|Prepare|Kernel|Tile|Counts", "--metrics", ",".join(METRICS.values())]
+    with tempfile.TemporaryDirectory() as folder:
+        table = pathlib.Path(folder) / "ncu.csv"
+        # Under ncu JAX sometimes hangs or crashes while it starts.
+        for attempt in range(ATTEMPTS):
+            try:
+                subprocess.run(
+                    [*command, "--log-file", table, sys.executable, "-m", "benchmarks.profile", "eikonal", cloud],
+                    check=True,
+                    timeout=90,
+                )
+                return table.read_text()
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+                if attempt == ATTEMPTS - 1:
+                    raise
+    raise AssertionError
+
+
+def kernels_of_step(table: str) -> list[dict[str, Any]]:
+    """The kernels of the last Eikonal step in ncu's table."""
+    header, _, *rows = csv.reader(line for line in table.splitlines() if line.startswith('"'))
     at = {name: i for i, name in enumerate(header)}
     ours = [r for r in rows if "knn::" in r[at["Kernel Name"]]]
     last = max(i for i, r in enumerate(ours) if "FindExtents" in r[at["Kernel Name"]])  # of the last step
@@ -69,7 +82,7 @@ def profile(cloud: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     start = time.perf_counter()
-    results = {cloud: profile(cloud) for cloud in ("sphere", "uniform")}
+    results = {cloud: kernels_of_step(profile(cloud)) for cloud in sys.argv[1:] or ("sphere", "uniform")}
     print(measure.write("kernels", results, time.perf_counter() - start))
 
 

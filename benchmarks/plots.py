@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import measure
+from .crossover import rule
 from .measure import OURS, number
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
@@ -249,7 +250,7 @@ def crossover(folder: pathlib.Path) -> Any:
         return None
     run = next(iter(runs.values()))
     ms = run["results"]["ms"]
-    picked = {(r["K"], r["P"], r["Q"]): r["picked"] for r in run["results"]["rule"]}
+    picked = {(r["K"], r["P"], r["Q"]): r["picked"] for r in rule(ms)}
     figure, panels = _grid(1, len(ms), 9, 3.4)
     for panel, (K, of_points) in zip(panels[0], ms.items(), strict=True):
         for i, Q in enumerate(next(iter(of_points.values()))):

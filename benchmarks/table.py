@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import measure
+from .crossover import rule
 from .floors import floors, h200_floors
 from .knn_aggregate import W1
 from .measure import OURS, number
@@ -171,13 +172,16 @@ def card() -> str:
 
 
 def kernels() -> str:
-    """CUDA kernels of an Eikonal step at W1, sphere, by ncu."""
+    """CUDA kernels of an Eikonal step at W1, by ncu."""
     runs = _runs("kernels")
+    floor_of = h200_floors(*(W1[k] for k in "BPQFK"))
 
     def rows() -> Iterator[list[str]]:
         for run in runs:
-            for role, (seconds, what) in h200_floors(*(W1[k] for k in "BPQFK")).items():
-                mine = [k for k in run["results"]["sphere"] if k["role"] == role]
+            of_cloud = [(cloud, role) for cloud in run["results"] for role in floor_of]
+            for cloud, role in of_cloud:
+                seconds, what = floor_of[role]
+                mine = [k for k in run["results"][cloud] if k["role"] == role]
                 total, longest = sum(k["us"] for k in mine), max(mine, key=lambda k: k["us"])
                 each = " + ".join(f"{k['us']:.0f}" for k in mine)
                 parts = f" ({each})" if len(mine) > 1 else ""
@@ -185,7 +189,7 @@ def kernels() -> str:
                 busiest = sorted(shares, key=lambda k: -shares[k])[:2]
                 text = ", ".join(f"{k} {shares[k]:.0f} %" for k in busiest) + f"; warps {longest['warps']:.0f} %"
                 floor = f"{1e6 * seconds:.0f}: {what}"
-                yield [role, f"{total:.0f}{parts}", floor, f"{total / seconds / 1e6:.1f}", text]
+                yield [f"{cloud}, {role}", f"{total:.0f}{parts}", floor, f"{total / seconds / 1e6:.1f}", text]
 
     head = ["", "kernels, µs", "floor, µs: of what", "time over floor", "busiest, of the longest kernel"]
     return _table(head, rows()) + _notes(runs)
@@ -222,8 +226,9 @@ def crossover() -> str:
     runs = _runs("crossover")
     rows = []
     for run in runs:
-        for K in dict.fromkeys(r["K"] for r in run["results"]["rule"]):
-            longer = [r for r in run["results"]["rule"] if r["K"] == K]
+        picks = rule(run["results"]["ms"])
+        for K in dict.fromkeys(r["K"] for r in picks):
+            longer = [r for r in picks if r["K"] == K]
             worst = max(longer, key=lambda r: r["longer"])
             better = sum(r["longer"] == 1 for r in longer)
             where = f"{worst['longer']:.2f} at P={worst['P']:,}, Q={worst['Q']:,}"

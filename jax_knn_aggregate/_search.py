@@ -108,12 +108,15 @@ def _call(
 def _cuda_index_pays(queries: int, P: int, K: int, dtype: Any) -> bool:
     """Whether building an index and searching through it beats comparing all pairs, as measured on an H200.
 
-    Through the index a query takes as long as all pairs with about 8,000 points do (2,000 where the tensor cores do
-    not serve), and building takes about as long as 2e8 pairs (5e7). benchmarks/crossover.py measures both.
+    Where tensor cores compare all pairs, a query through the index takes as long as 8,000 points do, and 25,000 with
+    K > 32, for which the index keeps a second row of neighbours; building takes about as long as 2e8 pairs; and fewer
+    than 8,000 queries leave the GPU idle and take as long. Where they do not, an index takes as long as 2,000 points,
+    and 5e7 pairs to build; long lists are kept so slowly that it pays from 4,000 points on. benchmarks/crossover.py
+    measures both.
     """
     if dtype == jnp.float32 and K <= _CUDA_FILTER_MAX_K:
-        return queries * (P - 8192) > 200_000_000
-    return queries * (P - 2048) > 50_000_000
+        return max(queries, 8192) * (P - (8192 if K <= 32 else 24576)) > 200_000_000
+    return queries * (P - 2048) > 50_000_000 or (K > _CUDA_FILTER_MAX_K and P >= 4096)
 
 
 def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm: bool) -> list[jax.Array]:

@@ -382,18 +382,21 @@ struct Tiles {
   }
 };
 
-// Warps that are to fit on a multiprocessor, if a lane has up to kMost packets. More loads are then under way; but
-// fewer registers are left for each.
-template <class N, Gradients kGradients, int kMost>
+// Registers bound how many packets a lane can have.
+template <class T, class N>
+constexpr int kMaxPackets = 4 * sizeof(T) / sizeof(N);
+
+// Warps that are to fit on a multiprocessor. More loads are then under way; but fewer registers are left for each.
+template <class N, Gradients kGradients>
 constexpr int kMinWarps = sizeof(N) == 16                  ? 8
-                          : sizeof(N) == 8 || kMost == 8   ? 12
+                          : sizeof(N) == 8                 ? 12
                           : kGradients == Gradients::kNone ? 20
                                                            : 16;
 
-template <class T, bool kTangents, Gradients kGradients, int kMost, class N = std::conditional_t<kTangents, Dual<T>, T>>
-__global__ void __launch_bounds__(kWarps* kWarp, (kMinWarps<N, kGradients, kMost> / kWarps))
+template <class T, bool kTangents, Gradients kGradients, class N = std::conditional_t<kTangents, Dual<T>, T>>
+__global__ void __launch_bounds__(kWarps* kWarp, (kMinWarps<N, kGradients> / kWarps))
     RayKernel(const Distortion<T> args, int64_t rows) {
-  constexpr int kResults = kGradients == Gradients::kAll ? 3 : 1;
+  constexpr int kMost = kMaxPackets<T, N>, kResults = kGradients == Gradients::kAll ? 3 : 1;
   __shared__ Packet<T> slots[kWarps][kResults * kMost * kWarp];
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (row >= rows) return;
@@ -442,17 +445,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, (kMinWarps<N, kGradients, kMost
   const int64_t packets = (end - begin + ray.shift + kPacket * kWarp - 1) / (kPacket * kWarp);
   Packet<T>* const slot = slots[threadIdx.x / kWarp];
   T loss = 0, interval_sum = 0;
-  const auto compute = [&](auto constant) {
-    Tiles<T, kTangents, kGradients, decltype(constant)::value>::Compute(ray, slot, loss, interval_sum);
-  };
   if (packets <= 1) {
-    compute(std::integral_constant<int, 1>());
+    Tiles<T, kTangents, kGradients, 1>::Compute(ray, slot, loss, interval_sum);
   } else if (kMost == 2 || packets <= 2) {
-    compute(std::integral_constant<int, 2>());
-  } else if (kMost == 4 || packets <= 4) {
-    compute(std::integral_constant<int, 4>());
+    Tiles<T, kTangents, kGradients, 2>::Compute(ray, slot, loss, interval_sum);
   } else {
-    compute(std::integral_constant<int, kMost>());
+    Tiles<T, kTangents, kGradients, kMost>::Compute(ray, slot, loss, interval_sum);
   }
 
   const int64_t at = b * args.R + r;
@@ -472,14 +470,7 @@ cudaError_t Launch(const Distortion<T>& args, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   // A ray's samples are counted in 32 bits.
   if (cudaError_t error = CheckGrid(max(blocks, args.N)); error != cudaSuccess) return error;
-  // Registers bound how many packets a lane can have.
-  constexpr int kMost = kTangents ? 2 : 4;
-  auto* kernel = RayKernel<T, kTangents, kGradients, kMost>;
-  if constexpr (sizeof(T) == 4 && !kTangents && kGradients != Gradients::kAll) {
-    const bool longer = args.offsets.data != nullptr || args.N > Tiles<T, kTangents, kGradients, kMost>::kTile;
-    if (longer) kernel = RayKernel<T, kTangents, kGradients, 2 * kMost>;
-  }
-  kernel<<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args, rows);
+  RayKernel<T, kTangents, kGradients><<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args, rows);
   return cudaGetLastError();
 }
 
