@@ -249,11 +249,12 @@ def test_never_negative(implementation, rng):
 
 def test_half_precision_is_computed_in_float32(implementation, rng):
     w, m, interval = (jnp.asarray(a, jnp.bfloat16) for a in dense(rng, 3, 20))
+    w = abs(w)  # of both signs they might cancel
     fn = jax.value_and_grad(lambda w, m: jka.distortion_loss(w, m, interval, implementation=implementation))
     value, bar = fn(w, m)
     want, want_bar = jax.value_and_grad(jka.distortion_loss)(*(a.astype(jnp.float32) for a in (w, m, interval)))
     assert value.dtype == jnp.float32 and bar.dtype == jnp.bfloat16
-    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(value, want, rtol=2e-6)
     helpers.assert_close(bar.astype(jnp.float32), want_bar, 4e-3)
     mixed = jka.distortion_loss(w, m.astype(jnp.float32), 0.1, implementation=implementation)
     assert mixed.dtype == jnp.float32
