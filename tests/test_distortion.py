@@ -237,6 +237,22 @@ def test_long_rays(which, implementation, rng):
     assert all(not np.asarray(a)[(ids < 0) | (ids >= len(lengths))].any() for got in results for a in got)
 
 
+def test_long_rays_without_gradients_of_samples(implementation, rng):
+    """Second order in the interval and the cotangent alone: no sample's gradient is wanted, only sums over the ray."""
+    x, v = helpers.tree(dense(rng, 2, 1500, shared=True)), helpers.tree(dense(rng, 2, 1500, shared=True))
+    ct = jnp.asarray(rng.normal(size=2))
+
+    def derivatives(fn, interval, ct):
+        def second(interval, ct):
+            return helpers.product(jax.vjp(fn, (*x[:2], interval))[1](ct)[0][:2], v[:2])
+
+        return jax.grad(second, (0, 1))(interval, ct)
+
+    ours = helpers.quick_jit(functools.partial(derivatives, lambda x: loss(x, implementation=implementation)))
+    oracle = helpers.oracle_jit(functools.partial(derivatives, formula))
+    helpers.assert_trees_close(ours(x[2], ct), oracle(x[2], ct), 1e-11)
+
+
 def test_never_negative(implementation, rng):
     """A million rays: uneven weights, narrow and far from the origin."""
     B, N = 250_000, 9

@@ -277,7 +277,8 @@ struct Tiles {
       for (int i = 0; i < int{sizeof(Sums) / sizeof(T)}; ++i) to[i] = from[i];
     };
     const int last = (ray.length + ray.shift - 1) / kTile * kTile - ray.shift;  // where the last tile begins
-    bool sweep = kWeights && last > 0 && bars != nullptr;
+    const bool both_sides = kWeights && (!kAll || bars != nullptr);  // else the loss is counted from the left alone
+    bool sweep = both_sides && last > 0;
     Sums left_of = {}, right_of = {};  // the tiles still to come
     const N shared =
         ray.shared_interval ? Make(*ray.interval, ray.v_interval == nullptr ? T(0) : *ray.v_interval) : N{};
@@ -290,7 +291,7 @@ struct Tiles {
       // Sums within the run: of the moments on both sides, and the difference of their masses.
       N moments[kEach] = {}, balance[kEach] = {}, mass = {}, moment = {};
       Sums left = {}, right = {};
-      if constexpr (kWeights) {
+      if (both_sides) {
 #pragma unroll
         for (int e = kEach - 1; e >= 0; --e) {
           if (e < kEach - 1) moment = MultiplyAdd(mass, m[e + 1] - m[e], moment);
@@ -310,7 +311,7 @@ struct Tiles {
         }
         if (at == last) {
           right_of = {};
-        } else if (bars != nullptr) {
+        } else {
           copy(bars + max(at, 0), reinterpret_cast<T*>(&right_of));
         }
       }
@@ -362,7 +363,7 @@ struct Tiles {
             interval_sum += interval_bar.x[k];
           }
           if constexpr (kTangents || !kWeights) {
-            if constexpr (kWeights) both.moment = Scale(0.5, both.moment);
+            if (both_sides) both.moment = Scale(0.5, both.moment);
             loss += Result(HalfLoss(w[e], interval[k], both));
           }
         }
