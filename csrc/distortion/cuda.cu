@@ -1,4 +1,4 @@
-// The distortion loss on CUDA: one warp a ray.
+// The distortion loss on CUDA: one warp a ray, and one warp a block.
 //
 // A ray goes through in tiles, of which each lane has a run of neighbouring samples in registers. It sums its run from
 // either end, shuffles join the runs, and from what is on either side of its run each lane completes the sums of
@@ -15,8 +15,6 @@
 
 namespace knn::KNN_ISA {
 namespace {
-
-constexpr int kWarps = 2;  // of a block; they have nothing in common
 
 // Which gradients are wanted. The loss, if none are; with tangents also beside gradients.
 enum class Gradients { kNone, kWeights, kAll };
@@ -84,7 +82,7 @@ __device__ __forceinline__ Twofold<N> Shuffle(const Twofold<N>& x, int lane) {
 // likewise: both at once, so that one waits while the other goes on.
 template <bool kRight, class S>
 __device__ __forceinline__ void RunningSums(S& left, S& right) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
     const S more_left = Shuffle(left, lane - step), more_right = kRight ? Shuffle(right, lane + step) : S{};
@@ -119,6 +117,14 @@ __device__ __forceinline__ void RunningSums(Dual<float>& left, Dual<float>& righ
   RunningSums<kRight>(left.tangent, right.tangent);
 }
 
+// The sum over all lanes.
+template <class S>
+__device__ __forceinline__ S Total(S x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = x + Shuffle(x, static_cast<int>(threadIdx.x) ^ step);
+  return x;
+}
+
 // Sums over neighbouring samples, in the order of x, which is m in a sweep from the left and −m in one from the right.
 template <class N, class Mass>
 struct Run {
@@ -128,40 +134,39 @@ struct Run {
 };
 
 // Replaces this lane's run, as seen from the left and, if that is wanted, from the right, by what is beyond it on that
-// side: the runs of the lanes there, and behind them the carry. If there are more tiles, all runs then join the
-// carries.
+// side: the runs of the lanes there, and behind them what is beyond the tile. If there are more tiles to the right, all
+// runs then join what is to the left of them.
 template <bool kRight, class Run>
-__device__ __forceinline__ void LookBeyond(Run& left, Run& right, Run& left_carry, Run& right_carry, bool more) {
-  const int lane = threadIdx.x % kWarp, last = kWarp - 1;
+__device__ __forceinline__ void LookBeyond(Run& left, Run& right, Run& left_of, const Run& right_of, bool more) {
+  const int lane = threadIdx.x, last = kWarp - 1;
   auto left_mass = left.mass, right_mass = right.mass;
   RunningSums<kRight>(left_mass, right_mass);
-  Run on_left = {left_carry.mass + Shuffle(left_mass, lane - 1), {}, Shuffle(left.x, lane - 1)}, on_right = {};
-  if (lane == 0) on_left = left_carry;
+  Run on_left = {left_of.mass + Shuffle(left_mass, lane - 1), {}, Shuffle(left.x, lane - 1)}, on_right = {};
+  if (lane == 0) on_left = left_of;
   if constexpr (kRight) {
-    on_right = {right_carry.mass + Shuffle(right_mass, lane + 1), {}, Shuffle(right.x, lane + 1)};
-    if (lane == last) on_right = right_carry;
+    on_right = {right_of.mass + Shuffle(right_mass, lane + 1), {}, Shuffle(right.x, lane + 1)};
+    if (lane == last) on_right = right_of;
   }
   // From run to run, the moment of all that is beyond grows by its mass times the way.
   auto left_moment = MultiplyAdd(Rounded(on_left.mass), left.x - on_left.x, left.moment);
   auto right_moment = MultiplyAdd(Rounded(on_right.mass), right.x - on_right.x, right.moment);
   RunningSums<kRight>(left_moment, right_moment);
-  on_left.moment = left_carry.moment + Shuffle(left_moment, lane - 1);
-  if (lane == 0) on_left.moment = left_carry.moment;
+  on_left.moment = left_of.moment + Shuffle(left_moment, lane - 1);
+  if (lane == 0) on_left.moment = left_of.moment;
   if constexpr (kRight) {
-    on_right.moment = right_carry.moment + Shuffle(right_moment, lane + 1);
-    if (lane == last) on_right.moment = right_carry.moment;
+    on_right.moment = right_of.moment + Shuffle(right_moment, lane + 1);
+    if (lane == last) on_right.moment = right_of.moment;
   }
   if (more) {
-    left_carry = {left_carry.mass + Shuffle(left_mass, last), left_carry.moment + Shuffle(left_moment, last),
-                  Shuffle(left.x, last)};
-    if constexpr (kRight) {
-      right_carry = {right_carry.mass + Shuffle(right_mass, 0), right_carry.moment + Shuffle(right_moment, 0),
-                     Shuffle(right.x, 0)};
-    }
+    left_of = {left_of.mass + Shuffle(left_mass, last), left_of.moment + Shuffle(left_moment, last),
+               Shuffle(left.x, last)};
   }
   left = on_left;
   right = on_right;
 }
+
+// Asks for the line of an address to be in the L2 cache.
+__device__ __forceinline__ void Prefetch(const void* a) { asm volatile("prefetch.global.L2 [%0];" ::"l"(a)); }
 
 template <class T>
 struct alignas(16) Packet {
@@ -169,17 +174,23 @@ struct alignas(16) Packet {
   T x[kSize];
 };
 
-// One ray: its arrays from its first sample on, null where not given or not wanted.
+// A batch entry: its arrays, null where not given or not wanted.
 template <class T>
-struct Ray {
-  int length, shift;  // tiles begin `shift` samples before the ray, so that packets are aligned
+struct Entry {
+  int samples;
   const T *w, *m, *interval, *v_w, *v_m, *v_interval;
   T *w_bar, *m_bar, *interval_bar;
   bool shared_interval;
+};
+
+// A ray has the samples [begin, end) of its entry.
+template <class T>
+struct Ray {
+  int begin, end;
   T ct;
 };
 
-template <class T, bool kTangents, Gradients kGradients, int kPackets>
+template <class T, bool kFlat, bool kTangents, Gradients kGradients, int kPackets>
 struct Tiles {
   using N = std::conditional_t<kTangents, Dual<T>, T>;
   static constexpr bool kWeights = kGradients != Gradients::kNone, kAll = kGradients == Gradients::kAll;
@@ -188,14 +199,27 @@ struct Tiles {
   static constexpr int kEach = kPackets * kPacket;  // samples of a lane
   static constexpr int kTile = kWarp * kEach;
 
-  // The tile that begins at `at` of the ray. Its samples [begin, end) are the ray's.
+  // The tile that begins at sample `at`. Its samples [begin, end) are the ray's.
   struct Part {
     int at, begin, end;
-    __device__ __forceinline__ Part(const Ray<T>& ray, int at)
-        : at(at), begin(at < 0 ? ray.shift : 0), end(min(ray.length - at, kTile)) {}
+    bool whole, packed;  // all samples are the ray's; at least, none of their packets reaches out of the entry
+    __device__ __forceinline__ Part(const Entry<T>& entry, const Ray<T>& ray, int at)
+        : at(at),
+          begin(max(ray.begin - at, 0)),
+          end(min(ray.end - at, kTile)),
+          whole(begin == 0 && end == kTile),
+          packed(at >= 0 && at + (end + kPacket - 1) / kPacket * kPacket <= entry.samples) {}
+    // Whether sample i + e of the tile is the ray's, where i is a packet's first. Only the first packet may begin
+    // outside the ray.
+    __device__ __forceinline__ bool Has(int i, int e) const {
+      return (e >= kPacket - 1 || e >= begin - i) && e < end - i;
+    }
+    __device__ __forceinline__ bool HasPacket(int i, int j) const {
+      return Has(i, j * kPacket) && Has(i, j * kPacket + kPacket - 1);
+    }
   };
 
-  static __device__ __forceinline__ int Lane() { return threadIdx.x % kWarp; }
+  static __device__ __forceinline__ int Lane() { return threadIdx.x; }
   static __device__ __forceinline__ N Make(T value, T tangent) {
     if constexpr (kTangents) {
       return {value, tangent};
@@ -207,35 +231,49 @@ struct Tiles {
     return reinterpret_cast<uintptr_t>(a) % sizeof(Packet<T>) == 0;
   }
 
-  // Of an array, samples [i, i + kPacket) of a tile; zeros outside the ray, whose weight changes no sum that is used.
-  static __device__ __forceinline__ Packet<T> Load(const T* a, const Part& part, int i) {
-    const T* const from = a + part.at + i;
-    if (i >= part.begin && i + kPacket <= part.end && IsPacked(from)) return *reinterpret_cast<const Packet<T>*>(from);
-    Packet<T> packet;
+  // Of an array, packets [0, kCount) from sample i of a tile on. What is in them outside the ray is for Combine to
+  // drop: once all loads are under way.
+  template <int kCount>
+  static __device__ __forceinline__ void Load(const T* a, const Part& part, int i, Packet<T> (&packets)[kCount]) {
+    a += part.at + i;
+    const auto packet = [&](int j) { return reinterpret_cast<const Packet<T>*>(a)[j]; };
+    const bool packed = IsPacked(a);
+    if (!kFlat && packed && part.whole) {
 #pragma unroll
-    for (int e = 0; e < kPacket; ++e) packet.x[e] = i + e >= part.begin && i + e < part.end ? from[e] : T(0);
-    return packet;
+      for (int j = 0; j < kCount; ++j) packets[j] = packet(j);
+    } else if (packed && part.packed) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (i + j * kPacket < part.end) packets[j] = packet(j);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (packed && part.HasPacket(i, j)) {
+          packets[j] = packet(j);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kPacket; ++k) {
+            if (part.Has(i, j * kPacket + k)) packets[j].x[k] = a[j * kPacket + k];
+          }
+        }
+      }
+    }
   }
 
-  // This lane's samples of an array and its tangents.
-  static __device__ __forceinline__ void LoadAll(const T* values, const T* tangents, const Part& part, N (&x)[kEach]) {
-    const int i = Lane() * kEach;
-    Packet<T> value[kPackets], tangent[kPackets] = {};
-    const auto load = [&](const T* a, Packet<T>(&packets)[kPackets]) {
-      if (part.begin == 0 && part.end == kTile && IsPacked(a + part.at)) {
+  // Samples of packets from sample i of a tile on; zeros outside the ray, whose weight changes no sum that is used.
+  template <int kCount>
+  static __device__ __forceinline__ void Combine(const Packet<T> (&values)[kCount], const Packet<T> (&tangents)[kCount],
+                                                 const Part& part, int i, N (&x)[kCount * kPacket]) {
 #pragma unroll
-        for (int j = 0; j < kPackets; ++j) {
-          packets[j] = *reinterpret_cast<const Packet<T>*>(a + part.at + i + j * kPacket);
-        }
-      } else {
+    for (int e = 0; e < kCount * kPacket; ++e) {
+      x[e] = Make(values[e / kPacket].x[e % kPacket], tangents[e / kPacket].x[e % kPacket]);
+    }
+    if (part.whole) return;
 #pragma unroll
-        for (int j = 0; j < kPackets; ++j) packets[j] = Load(a, part, i + j * kPacket);
-      }
-    };
-    load(values, value);
-    if (kTangents && tangents != nullptr) load(tangents, tangent);
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) x[e] = Make(value[e / kPacket].x[e % kPacket], tangent[e / kPacket].x[e % kPacket]);
+    for (int e = 0; e < kCount * kPacket; ++e) {
+      if (!part.Has(i, e)) x[e] = {};
+    }
   }
 
   // Where packet p of a tile is in shared memory: neighbouring lanes meet different banks, whether they access
@@ -247,46 +285,74 @@ struct Tiles {
     if (result == nullptr) return;
     T* const to = result + part.at;
     const bool packed = IsPacked(to);
-    if (packed && part.begin == 0 && part.end == kTile) {
-#pragma unroll
-      for (int j = 0; j < kPackets; ++j) {
-        const int p = j * kWarp + Lane();
-        *reinterpret_cast<Packet<T>*>(to + p * kPacket) = slot[Place(p)];
-      }
-      return;
-    }
 #pragma unroll
     for (int j = 0; j < kPackets; ++j) {
       const int p = j * kWarp + Lane(), i = p * kPacket;
-      const Packet<T>& packet = slot[Place(p)];
-      if (packed && i >= part.begin && i + kPacket <= part.end) {
+      const Packet<T> packet = slot[Place(p)];
+      if (packed && (part.whole || part.HasPacket(i, 0))) {
         *reinterpret_cast<Packet<T>*>(to + i) = packet;
       } else {
-#pragma unroll 1
-        for (int e = max(part.begin - i, 0); e < min(part.end - i, kPacket); ++e) to[i + e] = packet.x[e];
+#pragma unroll
+        for (int k = 0; k < kPacket; ++k) {
+          if (part.Has(i, k)) to[i + k] = packet.x[k];
+        }
       }
     }
   }
 
   // Adds this lane's share of half the ray's loss, or of its tangent, and of the interval's gradient.
-  static __device__ __forceinline__ void Compute(const Ray<T>& ray, Packet<T>* slots, T& loss, T& interval_sum) {
+  static __device__ __forceinline__ void Compute(const Entry<T>& entry, const Ray<T>& ray, Packet<T>* slots, T& loss,
+                                                 T& interval_sum) {
     // What is to the right of a tile waits at its first sample. There is room, since the tile is not the last.
-    T* const bars = ray.w_bar != nullptr ? ray.w_bar : ray.m_bar;
+    T* const bars = kAll && entry.w_bar == nullptr ? entry.m_bar : entry.w_bar;
     const auto copy = [](const T* from, T* to) {
 #pragma unroll
       for (int i = 0; i < int{sizeof(Sums) / sizeof(T)}; ++i) to[i] = from[i];
     };
-    const int last = (ray.length + ray.shift - 1) / kTile * kTile - ray.shift;  // where the last tile begins
+    // Where tiles begin: so that packets are aligned.
+    const int first =
+        ray.begin - static_cast<int>((reinterpret_cast<uintptr_t>(entry.w) / sizeof(T) + ray.begin) % kPacket);
+    const int last = first + (ray.end - first - 1) / kTile * kTile;
     const bool both_sides = kWeights && (!kAll || bars != nullptr);  // else the loss is counted from the left alone
-    bool sweep = both_sides && last > 0;
+    bool sweep = both_sides && last > first;
     Sums left_of = {}, right_of = {};  // the tiles still to come
     const N shared =
-        ray.shared_interval ? Make(*ray.interval, ray.v_interval == nullptr ? T(0) : *ray.v_interval) : N{};
-    for (int at = sweep ? last : -ray.shift; at < ray.length;) {
-      const Part part(ray, at);
+        entry.shared_interval ? Make(*entry.interval, entry.v_interval == nullptr ? T(0) : *entry.v_interval) : N{};
+    for (int at = sweep ? last : first; at < ray.end;) {
+      const Part part(entry, ray, at);
+      const int i = Lane() * kEach;
+      Packet<T> packets[4][kPackets] = {};
+      Load(entry.w, part, i, packets[0]);
+      Load(entry.m, part, i, packets[1]);
+      if (kTangents && entry.v_w != nullptr) Load(entry.v_w, part, i, packets[2]);
+      if (kTangents && entry.v_m != nullptr) Load(entry.v_m, part, i, packets[3]);
       N w[kEach], m[kEach];
-      LoadAll(ray.w, ray.v_w, part, w);
-      LoadAll(ray.m, ray.v_m, part, m);
+      Combine(packets[0], packets[2], part, i, w);
+      Combine(packets[1], packets[3], part, i, m);
+
+      if (sweep) {
+        const N origin = Shuffle(m[0], 0);
+        N mass = {}, moment = {};
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          mass = mass + w[e];
+          moment = MultiplyAdd(w[e], m[e] - origin, moment);
+        }
+        const N way = Scale(-1, origin) - right_of.x;
+        right_of.moment = MultiplyAdd(Rounded(right_of.mass), way, right_of.moment) + Total(moment);
+        right_of.mass = right_of.mass + Total(decltype(right_of.mass)(mass));
+        right_of.x = Scale(-1, origin);
+        at -= kTile;
+        sweep = at > first;
+        if (sweep && Lane() == 0) copy(reinterpret_cast<const T*>(&right_of), bars + at);
+        __syncwarp();
+        continue;
+      }
+      if (at == last) {
+        right_of = {};
+      } else if (both_sides && at > first) {
+        copy(bars + at, reinterpret_cast<T*>(&right_of));
+      }
 
       // Sums within the run: of the moments on both sides, and the difference of their masses.
       N moments[kEach] = {}, balance[kEach] = {}, mass = {}, moment = {};
@@ -300,20 +366,6 @@ struct Tiles {
           mass = mass + w[e];
         }
         right = {mass, moment, Scale(-1, m[0])};
-        if (sweep) {
-          LookBeyond<kWeights>(left, right, left_of, right_of, true);
-          at -= kTile;
-          if (Lane() == 0) copy(reinterpret_cast<const T*>(&right_of), bars + max(at, 0));
-          __syncwarp();
-          sweep = at > 0;
-          left_of = {};
-          continue;
-        }
-        if (at == last) {
-          right_of = {};
-        } else {
-          copy(bars + max(at, 0), reinterpret_cast<T*>(&right_of));
-        }
       }
       mass = moment = N{};
 #pragma unroll
@@ -334,16 +386,14 @@ struct Tiles {
 #pragma unroll
       for (int j = 0; j < kPackets; ++j) {
         N interval[kPacket];
-        if (ray.shared_interval) {
+        if (entry.shared_interval) {
 #pragma unroll
           for (int k = 0; k < kPacket; ++k) interval[k] = shared;
         } else {
-          const int i = Lane() * kEach + j * kPacket;
-          const Packet<T> value = Load(ray.interval, part, i);
-          Packet<T> tangent = {};
-          if (kTangents && ray.v_interval != nullptr) tangent = Load(ray.v_interval, part, i);
-#pragma unroll
-          for (int k = 0; k < kPacket; ++k) interval[k] = Make(value.x[k], tangent.x[k]);
+          Packet<T> value[1] = {}, tangent[1] = {};
+          Load(entry.interval, part, i + j * kPacket, value);
+          if (kTangents && entry.v_interval != nullptr) Load(entry.v_interval, part, i + j * kPacket, tangent);
+          Combine(value, tangent, part, i + j * kPacket, interval);
         }
         Packet<T> w_bar, m_bar, interval_bar;
 #pragma unroll
@@ -372,10 +422,10 @@ struct Tiles {
         if constexpr (kAll) m_slot[place] = m_bar, interval_slot[place] = interval_bar;
       }
       __syncwarp();
-      if constexpr (kWeights) Store(w_slot, ray.w_bar, part);
+      if constexpr (kWeights) Store(w_slot, entry.w_bar, part);
       if constexpr (kAll) {
-        Store(m_slot, ray.m_bar, part);
-        Store(interval_slot, ray.interval_bar, part);
+        Store(m_slot, entry.m_bar, part);
+        Store(interval_slot, entry.interval_bar, part);
       }
       __syncwarp();  // before the next tile's take their place
       at += kTile;
@@ -388,91 +438,111 @@ template <class T, class N>
 constexpr int kMaxPackets = 4 * sizeof(T) / sizeof(N);
 
 // Warps that are to fit on a multiprocessor. More loads are then under way; but fewer registers are left for each.
-template <class N, Gradients kGradients>
-constexpr int kMinWarps = sizeof(N) == 16                  ? 8
-                          : sizeof(N) == 8                 ? 12
-                          : kGradients == Gradients::kNone ? 20
-                                                           : 16;
+template <class N>
+constexpr int kMinWarps = sizeof(N) == 16  ? 8
+                          : sizeof(N) == 8 ? 16
+                                           : 20;
 
-template <class T, bool kTangents, Gradients kGradients, class N = std::conditional_t<kTangents, Dual<T>, T>>
-__global__ void __launch_bounds__(kWarps* kWarp, (kMinWarps<N, kGradients> / kWarps))
-    RayKernel(const Distortion<T> args, int64_t rows) {
-  constexpr int kMost = kMaxPackets<T, N>, kResults = kGradients == Gradients::kAll ? 3 : 1;
-  __shared__ Packet<T> slots[kWarps][kResults * kMost * kWarp];
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
-  if (row >= rows) return;
-  const int lane = threadIdx.x % kWarp;
-  int64_t b = row, r = 0, begin = 0, end = args.N;
-  if (args.offsets.data != nullptr) {
-    const int64_t rays = Rows(args);
-    b = rows == rays ? 0 : row / rays;
-    r = row - b * rays;
+template <class T, bool kFlat, bool kTangents, Gradients kGradients, int kPackets,
+          class N = std::conditional_t<kTangents, Dual<T>, T>>
+__global__ void __launch_bounds__(kWarp, kMinWarps<N>)
+    RayKernel(const Distortion<T> args, uint32_t groups, int rays_each) {
+  constexpr int kResults = kGradients == Gradients::kAll ? 3 : 1;
+  __shared__ Packet<T> slots[kResults * kPackets * kWarp];
+  const int lane = threadIdx.x;
+  const uint32_t b = kFlat ? blockIdx.x / groups : blockIdx.x, group = kFlat ? blockIdx.x - b * groups : 0;
+  const auto operand = [&](const Operand<const T>& a) { return AtOrNull(a, args.batch, b); };
+  const auto result = [&](T* a) { return a == nullptr ? nullptr : a + b * args.N; };
+  Entry<T> entry;
+  entry.samples = static_cast<int>(args.N);
+  entry.w = operand(args.w);
+  entry.m = operand(args.m);
+  entry.interval = operand(args.interval);
+  entry.v_w = operand(args.v_w);
+  entry.v_m = operand(args.v_m);
+  entry.v_interval = operand(args.v_interval);
+  entry.w_bar = result(args.w_bar);
+  entry.m_bar = result(args.m_bar);
+  entry.interval_bar = args.shared_interval ? nullptr : result(args.interval_bar);
+  entry.shared_interval = args.shared_interval;
+
+  const int64_t first = int64_t{group} * rays_each;
+  const int rays = kFlat ? static_cast<int>(Min(args.R - first, rays_each)) : 1;
+  int offset = 0;  // where this lane's ray begins
+  if constexpr (kFlat) {
     const int32_t* offsets = At(args.offsets, args.batch, b);
+    if (lane <= rays) offset = offsets[first + lane];
     if constexpr (kGradients != Gradients::kNone) {
       // Samples outside all rays, which may be many where arrays are padded, are shared out among the entry's warps.
-      const int64_t before = offsets[0], behind = offsets[args.R], outside = before + args.N - behind;
-      for (int64_t i = r * kWarp + lane; i < outside; i += rays * kWarp) {
-        const int64_t at = b * args.N + (i < before ? i : i - before + behind);
-        if (args.w_bar != nullptr) args.w_bar[at] = 0;
-        if (args.m_bar != nullptr) args.m_bar[at] = 0;
-        if (args.interval_bar != nullptr && !args.shared_interval) args.interval_bar[at] = 0;
+      const uint32_t before = offsets[0], behind = offsets[args.R], outside = before + entry.samples - behind;
+      for (uint32_t i = group * kWarp + lane; i < outside; i += groups * kWarp) {
+        const uint32_t at = i < before ? i : i - before + behind;
+        if (entry.w_bar != nullptr) entry.w_bar[at] = 0;
+        if (entry.m_bar != nullptr) entry.m_bar[at] = 0;
+        if (entry.interval_bar != nullptr) entry.interval_bar[at] = 0;
       }
     }
-    if (args.R == 0) return;
-    begin = offsets[r];
-    end = offsets[r + 1];
   }
 
-  const auto operand = [&](const Operand<const T>& a, int64_t first) {
-    return a.data == nullptr ? nullptr : At(a, args.batch, b) + first;
+  const T* const ct = operand(args.ct);
+  const auto prefetch = [&](int i) {
+    const int at = Shuffle(offset, i) + lane * (128 / static_cast<int>(sizeof(T)));
+    if (at >= Shuffle(offset, i + 1)) return;
+    Prefetch(entry.w + at);
+    Prefetch(entry.m + at);
   };
-  const auto result = [&](T* a) { return a == nullptr ? nullptr : a + b * args.N + begin; };
-  Ray<T> ray;
-  ray.length = static_cast<int>(end - begin);
-  ray.w = operand(args.w, begin);
-  ray.m = operand(args.m, begin);
-  ray.interval = operand(args.interval, args.shared_interval ? 0 : begin);
-  ray.v_w = operand(args.v_w, begin);
-  ray.v_m = operand(args.v_m, begin);
-  ray.v_interval = operand(args.v_interval, args.shared_interval ? 0 : begin);
-  ray.w_bar = result(args.w_bar);
-  ray.m_bar = result(args.m_bar);
-  ray.interval_bar = args.shared_interval ? nullptr : result(args.interval_bar);
-  ray.shared_interval = args.shared_interval;
-  ray.ct = args.ct.data == nullptr ? T(0) : operand(args.ct, 0)[r];
-  constexpr int kPacket = Packet<T>::kSize;
-  ray.shift = static_cast<int>(reinterpret_cast<uintptr_t>(ray.w) / sizeof(T) % kPacket);
-
-  const int64_t packets = (end - begin + ray.shift + kPacket * kWarp - 1) / (kPacket * kWarp);
-  Packet<T>* const slot = slots[threadIdx.x / kWarp];
-  T loss = 0, interval_sum = 0;
-  if (packets <= 1) {
-    Tiles<T, kTangents, kGradients, 1>::Compute(ray, slot, loss, interval_sum);
-  } else if (kMost == 2 || packets <= 2) {
-    Tiles<T, kTangents, kGradients, 2>::Compute(ray, slot, loss, interval_sum);
-  } else {
-    Tiles<T, kTangents, kGradients, kMost>::Compute(ray, slot, loss, interval_sum);
-  }
-
-  const int64_t at = b * args.R + r;
-  if (args.loss != nullptr) {
-    loss = 2 * WarpSum(loss);
-    if (lane == 0) args.loss[at] = loss;
-  }
-  if (args.interval_bar != nullptr && args.shared_interval) {
-    interval_sum = WarpSum(interval_sum);
-    if (lane == 0) args.interval_bar[at] = interval_sum;
+  if (kFlat && rays > 0) prefetch(0);  // for its second tile
+#pragma unroll 1
+  for (int i = 0; i < rays; ++i) {
+    if (kFlat && i + 1 < rays) prefetch(i + 1);
+    const Ray<T> ray = {kFlat ? Shuffle(offset, i) : 0, kFlat ? Shuffle(offset, i + 1) : entry.samples,
+                        ct == nullptr ? T(0) : ct[first + i]};
+    T loss = 0, interval_sum = 0;
+    Tiles<T, kFlat, kTangents, kGradients, kPackets>::Compute(entry, ray, slots, loss, interval_sum);
+    const int64_t at = b * args.R + first + i;
+    if (args.loss != nullptr) {
+      loss = 2 * WarpSum(loss);
+      if (lane == 0) args.loss[at] = loss;
+    }
+    if (args.interval_bar != nullptr && args.shared_interval) {
+      interval_sum = WarpSum(interval_sum);
+      if (lane == 0) args.interval_bar[at] = interval_sum;
+    }
   }
 }
 
-template <class T, bool kTangents, Gradients kGradients>
-cudaError_t Launch(const Distortion<T>& args, cudaStream_t stream) {
-  const int64_t rows = Count(args.batch) * Rows(args), blocks = CeilDiv(rows, kWarps);
+template <class T, bool kFlat, bool kTangents, Gradients kGradients>
+cudaError_t LaunchRays(const Distortion<T>& args, cudaStream_t stream) {
+  // Where there are rays enough for all multiprocessors, a warp has several, and asks for the next one's samples ahead.
+  const int64_t entries = Count(args.batch), rays_each = Max(1, Min(4, entries * args.R / 8192));
+  const int64_t groups = CeilDiv(Rows(args), rays_each), blocks = entries * groups;
   if (blocks == 0) return cudaSuccess;
   // A ray's samples are counted in 32 bits.
-  if (cudaError_t error = CheckGrid(max(blocks, args.N)); error != cudaSuccess) return error;
-  RayKernel<T, kTangents, kGradients><<<static_cast<unsigned>(blocks), kWarps * kWarp, 0, stream>>>(args, rows);
-  return cudaGetLastError();
+  if (cudaError_t error = CheckGrid(Max(blocks, args.N + 1024)); error != cudaSuccess) return error;
+  const auto launch = [&](auto kernel) {
+    kernel<<<static_cast<unsigned>(blocks), kWarp, 0, stream>>>(args, static_cast<uint32_t>(groups),
+                                                                static_cast<int>(rays_each));
+    return cudaGetLastError();
+  };
+  // Tiles hold a ray of mean length, if registers allow. One size for all rays of a call: with code for several in one
+  // kernel, warps would evict each other's instructions from the cache.
+  using N = std::conditional_t<kTangents, Dual<T>, T>;
+  const int64_t packets = CeilDiv(args.N, Rows(args) * kWarp * Packet<T>::kSize);
+  if (packets <= 1) return launch(RayKernel<T, kFlat, kTangents, kGradients, 1>);
+  if (packets == 2) return launch(RayKernel<T, kFlat, kTangents, kGradients, 2>);
+  return launch(RayKernel<T, kFlat, kTangents, kGradients, kMaxPackets<T, N>>);
+}
+
+template <class T, bool kFlat>
+cudaError_t Launch(const Distortion<T>& args, cudaStream_t stream) {
+  constexpr Gradients kNone = Gradients::kNone, kWeights = Gradients::kWeights, kAll = Gradients::kAll;
+  const bool gradients = WantsGradients(args), all = args.m_bar != nullptr || args.interval_bar != nullptr;
+  if (HasTangents(args)) {
+    return gradients ? LaunchRays<T, kFlat, true, kAll>(args, stream) : LaunchRays<T, kFlat, true, kNone>(args, stream);
+  }
+  if (all) return LaunchRays<T, kFlat, false, kAll>(args, stream);
+  return gradients ? LaunchRays<T, kFlat, false, kWeights>(args, stream)
+                   : LaunchRays<T, kFlat, false, kNone>(args, stream);
 }
 
 // Neighbouring threads look for neighbouring rays, and so read the same ids until their ways part.
@@ -492,13 +562,7 @@ namespace knn {
 template <class T>
 cudaError_t LaunchDistortion(const Distortion<T>& args, cudaStream_t stream) {
   using namespace KNN_ISA;
-  const bool gradients = WantsGradients(args);
-  if (HasTangents(args)) {
-    return gradients ? Launch<T, true, Gradients::kAll>(args, stream) : Launch<T, true, Gradients::kNone>(args, stream);
-  }
-  if (args.m_bar != nullptr || args.interval_bar != nullptr) return Launch<T, false, Gradients::kAll>(args, stream);
-  return gradients ? Launch<T, false, Gradients::kWeights>(args, stream)
-                   : Launch<T, false, Gradients::kNone>(args, stream);
+  return args.offsets.data == nullptr ? Launch<T, false>(args, stream) : Launch<T, true>(args, stream);
 }
 
 template cudaError_t LaunchDistortion(const Distortion<float>&, cudaStream_t);

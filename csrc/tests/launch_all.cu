@@ -209,6 +209,7 @@ int main() {
       ExerciseDistortion<float>(N, 7, shared);
       ExerciseDistortion<double>(N, N / 3, shared);  // sometimes no rays
     }
+    ExerciseDistortion<float>(50000, 9000, shared);  // so many that warps have several
   }
   std::puts("all kernels ran");
   return 0;
