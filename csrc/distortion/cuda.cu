@@ -438,10 +438,15 @@ template <class T, class N>
 constexpr int kMaxPackets = 4 * sizeof(T) / sizeof(N);
 
 // Warps that are to fit on a multiprocessor. More loads are then under way; but fewer registers are left for each.
+#if __CUDA_ARCH__ == 750 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870
+constexpr int kMostWarps = 16;  // since no more blocks fit
+#else
+constexpr int kMostWarps = 20;
+#endif
 template <class N>
 constexpr int kMinWarps = sizeof(N) == 16  ? 8
                           : sizeof(N) == 8 ? 16
-                                           : 20;
+                                           : kMostWarps;
 
 template <class T, bool kFlat, bool kTangents, Gradients kGradients, int kPackets,
           class N = std::conditional_t<kTangents, Dual<T>, T>>
