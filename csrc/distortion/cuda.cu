@@ -1,4 +1,4 @@
-// The distortion loss on CUDA: one warp a ray, and one warp a block.
+// The distortion loss on CUDA: one warp a ray.
 //
 // A ray goes through in tiles, of which each lane has a run of neighbouring samples in registers. It sums its run from
 // either end, shuffles join the runs, and from what is on either side of its run each lane completes the sums of
@@ -15,6 +15,8 @@
 
 namespace knn::KNN_ISA {
 namespace {
+
+constexpr int kWarps = 2;  // of a block, which is (kWarp, kWarps) threads; they have nothing in common
 
 // Which gradients are wanted. The loss, if none are; with tangents also beside gradients.
 enum class Gradients { kNone, kWeights, kAll };
@@ -438,24 +440,23 @@ template <class T, class N>
 constexpr int kMaxPackets = 4 * sizeof(T) / sizeof(N);
 
 // Warps that are to fit on a multiprocessor. More loads are then under way; but fewer registers are left for each.
-#if __CUDA_ARCH__ == 750 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870
-constexpr int kMostWarps = 16;  // since no more blocks fit
-#else
-constexpr int kMostWarps = 20;
-#endif
 template <class N>
 constexpr int kMinWarps = sizeof(N) == 16  ? 8
                           : sizeof(N) == 8 ? 16
-                                           : kMostWarps;
+                                           : 20;
 
 template <class T, bool kFlat, bool kTangents, Gradients kGradients, int kPackets,
           class N = std::conditional_t<kTangents, Dual<T>, T>>
-__global__ void __launch_bounds__(kWarp, kMinWarps<N>)
-    RayKernel(const Distortion<T> args, uint32_t groups, int rays_each) {
+__global__ void __launch_bounds__(kWarps* kWarp, kMinWarps<N> / kWarps)
+    RayKernel(const Distortion<T> args, uint32_t warps, uint32_t groups, int rays_each) {
   constexpr int kResults = kGradients == Gradients::kAll ? 3 : 1;
-  __shared__ Packet<T> slots[kResults * kPackets * kWarp];
-  const int lane = threadIdx.x;
-  const uint32_t b = kFlat ? blockIdx.x / groups : blockIdx.x, group = kFlat ? blockIdx.x - b * groups : 0;
+  __shared__ Packet<T> all_slots[kWarps][kResults * kPackets * kWarp];
+  // The shuffle tells the compiler that all lanes have the same: what follows from it takes no registers of theirs.
+  const int in_block = Shuffle(static_cast<int>(threadIdx.y), 0), lane = threadIdx.x;
+  const uint32_t warp = blockIdx.x * kWarps + in_block;
+  if (warp >= warps) return;
+  Packet<T>* const slots = all_slots[in_block];
+  const uint32_t b = kFlat ? warp / groups : warp, group = kFlat ? warp - b * groups : 0;
   const auto operand = [&](const Operand<const T>& a) { return AtOrNull(a, args.batch, b); };
   const auto result = [&](T* a) { return a == nullptr ? nullptr : a + b * args.N; };
   Entry<T> entry;
@@ -479,9 +480,9 @@ __global__ void __launch_bounds__(kWarp, kMinWarps<N>)
     if (lane <= rays) offset = offsets[first + lane];
     if constexpr (kGradients != Gradients::kNone) {
       // Samples outside all rays, which may be many where arrays are padded, are shared out among the entry's warps.
-      const uint32_t before = offsets[0], behind = offsets[args.R], outside = before + entry.samples - behind;
-      for (uint32_t i = group * kWarp + lane; i < outside; i += groups * kWarp) {
-        const uint32_t at = i < before ? i : i - before + behind;
+      const int before = offsets[0], behind = offsets[args.R], outside = before + (entry.samples - behind);
+      for (int64_t i = int64_t{group} * kWarp + lane; i < outside; i += int64_t{groups} * kWarp) {
+        const int64_t at = i < before ? i : i - before + behind;
         if (entry.w_bar != nullptr) entry.w_bar[at] = 0;
         if (entry.m_bar != nullptr) entry.m_bar[at] = 0;
         if (entry.interval_bar != nullptr) entry.interval_bar[at] = 0;
@@ -520,13 +521,13 @@ template <class T, bool kFlat, bool kTangents, Gradients kGradients>
 cudaError_t LaunchRays(const Distortion<T>& args, cudaStream_t stream) {
   // Where there are rays enough for all multiprocessors, a warp has several, and asks for the next one's samples ahead.
   const int64_t entries = Count(args.batch), rays_each = Max(1, Min(4, entries * args.R / 8192));
-  const int64_t groups = CeilDiv(Rows(args), rays_each), blocks = entries * groups;
+  const int64_t groups = CeilDiv(Rows(args), rays_each), warps = entries * groups, blocks = CeilDiv(warps, kWarps);
   if (blocks == 0) return cudaSuccess;
   // A ray's samples are counted in 32 bits.
   if (cudaError_t error = CheckGrid(Max(blocks, args.N + 1024)); error != cudaSuccess) return error;
   const auto launch = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(blocks), kWarp, 0, stream>>>(args, static_cast<uint32_t>(groups),
-                                                                static_cast<int>(rays_each));
+    kernel<<<static_cast<unsigned>(blocks), dim3(kWarp, kWarps), 0, stream>>>(
+        args, static_cast<uint32_t>(warps), static_cast<uint32_t>(groups), static_cast<int>(rays_each));
     return cudaGetLastError();
   };
   // Tiles hold a ray of mean length, if registers allow. One size for all rays of a call: with code for several in one
