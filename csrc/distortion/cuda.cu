@@ -1,4 +1,4 @@
-// The distortion loss on CUDA: one warp a ray.
+// The distortion loss on CUDA: one warp a ray; of ragged rays, where there are many, one warp for a few.
 //
 // A ray goes through in tiles, of which each lane has a run of neighbouring samples in registers. It sums its run from
 // either end, shuffles join the runs, and from what is on either side of its run each lane completes the sums of
@@ -119,7 +119,7 @@ __device__ __forceinline__ void RunningSums(Dual<float>& left, Dual<float>& righ
   RunningSums<kRight>(left.tangent, right.tangent);
 }
 
-// The sum over all lanes.
+// The sum over all lanes, of what WarpSum does not take: dual numbers and twofold sums.
 template <class S>
 __device__ __forceinline__ S Total(S x) {
 #pragma unroll
@@ -204,15 +204,16 @@ struct Tiles {
   // The tile that begins at sample `at`. Its samples [begin, end) are the ray's.
   struct Part {
     int at, begin, end;
-    bool whole, packed;  // all samples are the ray's; at least, none of their packets reaches out of the entry
+    bool whole;   // all of its samples are
+    bool packed;  // packets with samples of the ray do not reach out of the entry: they can be loaded as they are
     __device__ __forceinline__ Part(const Entry<T>& entry, const Ray<T>& ray, int at)
         : at(at),
           begin(max(ray.begin - at, 0)),
           end(min(ray.end - at, kTile)),
           whole(begin == 0 && end == kTile),
           packed(at >= 0 && at + (end + kPacket - 1) / kPacket * kPacket <= entry.samples) {}
-    // Whether sample i + e of the tile is the ray's, where i is a packet's first. Only the first packet may begin
-    // outside the ray.
+    // Whether sample i + e of the tile is the ray's, where i is a packet's first. Only a tile's first packet can begin
+    // before the ray, and its last sample is the ray's.
     __device__ __forceinline__ bool Has(int i, int e) const {
       return (e >= kPacket - 1 || e >= begin - i) && e < end - i;
     }
@@ -240,7 +241,7 @@ struct Tiles {
     a += part.at + i;
     const auto packet = [&](int j) { return reinterpret_cast<const Packet<T>*>(a)[j]; };
     const bool packed = IsPacked(a);
-    if (!kFlat && packed && part.whole) {
+    if (!kFlat && packed && part.whole) {  // seldom so of ragged rays
 #pragma unroll
       for (int j = 0; j < kCount; ++j) packets[j] = packet(j);
     } else if (packed && part.packed) {
@@ -523,7 +524,7 @@ cudaError_t LaunchRays(const Distortion<T>& args, cudaStream_t stream) {
   const int64_t entries = Count(args.batch), rays_each = Max(1, Min(4, entries * args.R / 8192));
   const int64_t groups = CeilDiv(Rows(args), rays_each), warps = entries * groups, blocks = CeilDiv(warps, kWarps);
   if (blocks == 0) return cudaSuccess;
-  // A ray's samples are counted in 32 bits.
+  // Samples are counted in 32 bits, up to the end of the last tile.
   if (cudaError_t error = CheckGrid(Max(blocks, args.N + 1024)); error != cudaSuccess) return error;
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(blocks), dim3(kWarp, kWarps), 0, stream>>>(
