@@ -2,8 +2,9 @@
 
     x = (q, p, f, *metric parameters),  aux = (idxs,),  y = (f_out, w_out, dists)
 
-``idxs`` outside [0, P) mean "no neighbour": w 0, dist +inf, no contribution, zero derivatives. The derivation of the
-derivatives that the kernels compute stands in ``csrc/aggregate/formulas.h``.
+``idxs`` outside [0, P) mean "no neighbour": w 0, dist +inf, no contribution, zero derivatives. A neighbour at distance
++inf is the same, at every order and whatever its parameters and features are. The derivation of the derivatives that
+the kernels compute stands in ``csrc/aggregate/formulas.h``.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, .
     def take(a: jax.Array) -> jax.Array:
         return a.at[at].get(mode="fill", fill_value=0)
 
-    d = jnp.where(exists[:, :, None], q[:, None, :] - take(p), jnp.zeros((), q.dtype))
-    taken = [take(a) for a in parameters]
-    # A neighbour at distance +inf has weight 0 and no derivatives, which would be 0·inf: from here it is an empty slot.
-    exists = exists & (metric.distance(d, *taken[: len(metric.search_ndims)]) != jnp.inf)
-    d = jnp.where(exists[:, :, None], d, jnp.zeros((), q.dtype))
-    dists = metric.distance(d, *taken[: len(metric.search_ndims)])
-    w = jnp.where(exists, jnp.exp(-metric.exponent(dists, *taken)), jnp.zeros((), q.dtype))
+    def or_zero(a: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(exists, tuple(range(2, a.ndim))), a, jnp.zeros((), a.dtype))
+
+    d = or_zero(q[:, None, :] - take(p))
     # Widened before it is gathered, so that the transpose, a scatter, sums in the wider type too.
-    f_out = jnp.einsum("qk,qkf->qf", w, take(f.astype(w.dtype)), precision="highest").astype(f.dtype)
+    taken = [take(a) for a in (*parameters, f.astype(q.dtype))]
+    # A neighbour at distance +inf is from here on an empty slot: products of 0 and what is infinite would be NaN.
+    exists = exists & (metric.distance(d, *taken[: len(metric.search_ndims)]) != jnp.inf)
+    d, *parameters, f_k = (or_zero(a) for a in (d, *taken))
+    dists = metric.distance(d, *parameters[: len(metric.search_ndims)])
+    w = or_zero(jnp.exp(-metric.exponent(dists, *parameters)))
+    f_out = jnp.einsum("qk,qkf->qf", w, f_k, precision="highest").astype(f.dtype)
     return f_out, w, jnp.where(exists, dists, jnp.full((), jnp.inf, q.dtype))
 
 

@@ -180,7 +180,7 @@ def knn_aggregate_aniso_lookup(
     K = _checks.neighbours(K, table.shape[-1], "the width of knn_table")
     table = table[..., :K]
     lengths = _checks.lengths(p_lengths, batch, P)
-    index = _checks.index(index, ISOTROPIC.name, p, batch)
+    index = _checks.index(index, ISOTROPIC, p, batch)
     nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation, index)[..., 0]
 
     def rows(table: jax.Array, nearest: jax.Array) -> jax.Array:
@@ -308,7 +308,7 @@ def build_knn_table(
     P = p.shape[-2]
     K = _checks.neighbours(K, P, "the number of points P")
     lengths = _checks.lengths(p_lengths, batch, P)
-    index = _checks.index(index, ISOTROPIC.name, p, batch)
+    index = _checks.index(index, ISOTROPIC, p, batch)
     idxs = search(ISOTROPIC, p, p, (), lengths, K, implementation, index)
     rows = jnp.arange(P, dtype=jnp.int32).reshape((1,) * len(batch) + (P, 1))
     exists = rows < lengths[..., None, None]
@@ -406,7 +406,7 @@ def _neighbours(
     P = _points.count(axis, p)
     K = _checks.neighbours(options.K, P, "the number of points P" + (" of all devices" if axis else ""))
     lengths = _checks.lengths(options.p_lengths, batch, p.shape[-2])
-    index = _checks.index(options.index, metric.name, p, batch)
+    index = _checks.index(options.index, metric, p, batch)
     warm = options.warm_idxs
     if warm is not None:
         warm = _checks.indices("warm_idxs", warm, P, batch, (q.shape[-2], "W"))

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import _index
 from ._index import KnnIndex
+from ._metric import Metric
 from ._primitive import IMPLEMENTATIONS
 
 Array = jax.Array | np.ndarray  # what users may pass
@@ -173,21 +175,27 @@ def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:
     return jnp.asarray(xp.where(low > P, xp.full_like(low, P), low).astype(np.int32))
 
 
-def index(value: Any, metric: str, p: jax.Array, batch: tuple[int, ...]) -> KnnIndex | None:
+def index(value: Any, metric: Metric, p: jax.Array, batch: tuple[int, ...]) -> KnnIndex | None:
     """Checks what can be seen of an index without its numbers: that it was built for such points and such a search."""
     if value is None:
         return None
     if not isinstance(value, KnnIndex):
         raise TypeError(f"index is a {type(value).__name__}, expected what build_index returns.")
     wanted = {"aniso": "build_index(p, sigma, R)", "iso": "build_index(p)"}
-    if value.metric != metric:
-        raise ValueError(f"index comes from {wanted[value.metric]}, expected one from {wanted[metric]} for this call.")
+    if value.metric != metric.name:
+        raise ValueError(
+            f"index comes from {wanted[value.metric]}, expected one from {wanted[metric.name]} for this call."
+        )
     got = (value.leaves.shape[: value.leaves.ndim - 3], value.P, value.leaves.dtype)
     if got != (batch, p.shape[-2], p.dtype):
         raise ValueError(
             f"index was built for points of shape {(*got[0], got[1], 3)} and dtype {got[2]}, but p has shape {p.shape} "
             f"and dtype {p.dtype}. Build it from this p."
         )
+    made = _index.structs(metric, batch, value.P, p.dtype)
+    arrays, expected = ([f"{a.dtype}{list(a.shape)}" for a in some] for some in (value.arrays, made))
+    if arrays != expected:
+        raise ValueError(f"index holds {arrays}, expected {expected}, as build_index makes them for these points.")
     return value
 
 

@@ -50,12 +50,13 @@ def distortion_loss(
 
     Args:
       w: (..., N) weights of samples, float32 or float64; bfloat16 and float16 are computed in float32.
-      m: (..., N) positions of samples along their ray, such as midpoints of intervals, ascending; in units of length.
+      m: (..., N) positions of samples along their ray, such as midpoints of intervals, ascending and finite; in units
+        of length. An infinite one makes the ray's loss NaN, also where its weight is 0: clip the last to the far plane.
       interval: (..., N) widths of the samples' intervals, or a scalar; in units of length. A Python scalar takes the
         dtype of w, also where it has become a tracer.
       reduction: "mean" or "sum" over all rays, or "none".
       sort: whether to sort each ray's samples by m first. Without, m that does not ascend gives a wrong loss.
-      check: whether to check that m ascends and is not NaN, with ``checkify.check``: at once outside ``jit``; inside,
+      check: whether to check that m ascends and is finite, with ``checkify.check``: at once outside ``jit``; inside,
         transform the jitted function with ``jax.experimental.checkify.checkify``.
       implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
         NotImplementedError where the platform has no kernel.
@@ -71,7 +72,7 @@ def distortion_loss(
     if sort:
         m, w, interval = lax.sort(_by_position("distortion_loss", w, m, interval), dimension=-1, num_keys=1)
     if check:
-        _check(~jnp.isnan(m), "distortion_loss: m must not be NaN")
+        _check(jnp.isfinite(m), "distortion_loss: m must be finite")
         _check(m[..., 1:] >= m[..., :-1], "distortion_loss: m must ascend along its last axis; pass sort=True")
     return _reduced(_DENSE(w, m, interval, implementation=implementation)[0], reduction)
 
@@ -98,7 +99,7 @@ def flatten_distortion_loss(
         somewhere (as to −1 at the end), samples are counted to wrong rays; ``sort`` mends and ``check`` finds that.
       n_rays: the number of rays, a Python integer. Rays without samples have loss 0, and count in the mean.
       sort: whether to sort samples by (ray_id, m) first.
-      check: whether to check that ray_id does not decrease, and that m ascends within rays and is not NaN there, as in
+      check: whether to check that ray_id does not decrease, and that m ascends within rays and is finite there, as in
         ``distortion_loss``.
       The others as in ``distortion_loss``.
 
@@ -117,7 +118,7 @@ def flatten_distortion_loss(
     if check:
         name, outside = "flatten_distortion_loss", (ids < 0) | (ids >= n_rays)
         _check(ids[1:] >= ids[:-1], f"{name}: ray_id must not decrease; pass sort=True")
-        _check(outside | ~jnp.isnan(m), f"{name}: m must not be NaN")
+        _check(outside | jnp.isfinite(m), f"{name}: m must be finite")
         apart = outside[1:] | (ids[1:] != ids[:-1])
         _check(apart | (m[1:] >= m[:-1]), f"{name}: m must ascend within each ray; pass sort=True")
     (offsets,) = bind(_RAY_OFFSETS, ids, n_rays=n_rays, implementation=implementation)

@@ -78,6 +78,11 @@ def shapes(metric: Metric, P: int) -> tuple[tuple[int, ...], ...]:
     return (nodes[0], _rows(metric), _LEAF), (nodes[0], _LEAF), (groups, _NODE_ROWS, _FAN_OUT)
 
 
+def structs(metric: Metric, batch: tuple[int, ...], P: int, dtype: Any) -> list[Struct]:
+    """Leaves, order and nodes, for points of this dtype."""
+    return [Struct(batch + s, d) for s, d in zip(shapes(metric, P), (dtype, jnp.int32, dtype), strict=True)]
+
+
 def _core_ndims(metric: Metric) -> tuple[int, ...]:
     return (2, *metric.search_ndims, 0)
 
@@ -87,9 +92,7 @@ def _cores(metric: Metric) -> tuple[list[str], list[str]]:
 
 
 def _outputs(metric: Metric, *avals: Any) -> list[Struct]:
-    batch, dtype = batch_shape(avals, _core_ndims(metric)), avals[0].dtype
-    of = shapes(metric, avals[0].shape[-2])
-    return [Struct(batch + s, d) for s, d in zip(of, (dtype, jnp.int32, dtype), strict=True)]
+    return structs(metric, batch_shape(avals, _core_ndims(metric)), avals[0].shape[-2], avals[0].dtype)
 
 
 def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:

@@ -148,11 +148,20 @@ def extended(sharding: NamedSharding) -> NamedSharding:
 
 
 def left_to_partitioner(fn: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
-    """``fn``, of operations whose shardings cannot be typed (gathers), with results as typed by ``shardings``."""
+    """``fn``, of operations whose shardings cannot be typed (gathers), with results as typed by ``shardings``.
+
+    Derivatives are to be right outside jit as well. There, JAX transposes operation by operation under the mesh of each,
+    and does not take what comes from another: so all is one operation, and its operands are of the mesh, too.
+    """
     mesh = jax.tree.leaves(shardings)[0].mesh
     if not mesh.explicit_axes:
         return fn
-    return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=shardings)
+    whole = jax.jit(jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=shardings))
+
+    def call(*operands: jax.Array) -> Any:
+        return whole(*(jax.sharding.reshard(a, NamedSharding(mesh, jax.typeof(a).sharding.spec)) for a in operands))
+
+    return call
 
 
 # Lowering.

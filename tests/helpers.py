@@ -142,7 +142,8 @@ def oracle_values(metric, x, idxs):
     with np.errstate(all="ignore"):
         dists = _distances(metric, q[:, None] - p[at], sigma[at], *(a[at] for a in R))
         w = np.exp(-dists if metric == "aniso" else -sigma[at][..., 0] * dists)
-        w = np.where(exists & (dists != np.inf), w, 0)
+        exists &= dists != np.inf  # from there on, such a neighbour is none
+        w = np.where(exists, w, 0)
         f_out = (w[..., None] * np.where(exists[..., None], f[at], 0)).sum(1)
     return f_out, w, np.where(exists, dists, np.inf)
 

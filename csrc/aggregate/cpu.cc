@@ -307,9 +307,9 @@ struct Aggregator {
                      int64_t begin, int64_t end, Block& block) {
     const bool dots = kCotangents && queries.ct_f != nullptr && (args.q_bar != nullptr || WantsGeometry(args));
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t slot = i * args.K + k, idx = idxs[slot], n = block.n++;
-      const bool exists = idx >= 0 && idx < args.P;
-      const int64_t j = exists ? idx : -1;
+      const int64_t slot = i * args.K + k, n = block.n++;
+      const bool exists = Names(idxs[slot], args.P);
+      const int64_t j = exists ? idxs[slot] : -1;
       block.slot[n] = slot;
       block.point[n] = j;
       block.exists[n] = exists;
@@ -343,10 +343,9 @@ struct Aggregator {
       const Parameters m = block.m.Load(n);
       const Vec3<V> d = block.d.Load(n);
       Pair<V> value = M::Value(m, d);  // D and e, or their tangents
-      V exists = V::Load(block.exists + n);
+      const V exists = Select(value.dist.v == kInf, zero, V::Load(block.exists + n));
       const auto if_exists = [&exists](V x) { return Select(exists.v != 0, x, V::Broadcast(0)); };
-      if constexpr (role != AggregateRole::kValue) exists = Select(value.dist.v == kInf, zero, exists);
-      const V w = if_exists(Select(value.dist.v == kInf, zero, Exp(-value.exponent)));
+      const V w = if_exists(Exp(-value.exponent));
       V w_value = w;
       if constexpr (role == AggregateRole::kValue) {
         value.dist = Select(exists.v != 0, value.dist, V::Broadcast(kInf));

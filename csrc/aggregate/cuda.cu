@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
   };
   const auto fetch = [&](int start) {
     const int32_t given = start + lane < K ? idxs[start + lane] : -1;
-    j = given >= 0 && given < args.P ? given : -1;
+    j = Names(given, args.P) ? given : -1;
     __syncwarp();  // the words before have been read
 #pragma unroll
     for (int l = 0; l < kTeam; ++l) {
@@ -194,11 +194,11 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
     tangent = {0, 0};
     if (j < 0) return;
     value = M::Value(parameters(), offset());
-    if (kGradients && value.dist == T(INFINITY)) {
+    if (value.dist == T(INFINITY)) {
       j = -1;
       return;
     }
-    w = value.dist == T(INFINITY) ? T(0) : Exp(-value.exponent);
+    w = Exp(-value.exponent);
     if constexpr (kSecond) tangent = M::Tangent(parameters(), offset(), v_offset(), v_parameters());
   };
 
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
 // far apart, since long lists often are neighbours.
 template <class M, class T, class TF, int kWidth>
 __global__ void __launch_bounds__(kJoinWarps* kWarp)
-    JoinKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, int64_t pieces, uint32_t points) {
+    JoinKernel(const Aggregate<T, TF> args, int64_t pieces, uint32_t points) {
   constexpr int kTerms = 3 + M::kSigma + M::kR, kLong = 32;
   __shared__ alignas(sizeof(T) * kWidth) T partial[kJoinWarps][kWarp * kWidth];
   __shared__ bool is_long[kJoinWarps];
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
     int count = 1;  // a point in one piece is done
     if (row < points) {
       const uint32_t P = static_cast<uint32_t>(args.P), c = row / P;
-      const int32_t* offsets = At(args.offsets, args.batch, Join(split, c, 0)) + row % P;
+      const int32_t* offsets = At(args.offsets, args.kept, c) + row % P;
       const int32_t begin = offsets[0], end = offsets[1], piece = begin / kPiecePairs;
       first_piece = c * pieces + piece;
       count = begin == end ? 0 : (end - 1) / kPiecePairs - piece + 1;
@@ -505,15 +505,15 @@ cudaError_t Launch(const Aggregate<T, TF>& args, cudaStream_t stream) {
     if (!WantsPoints(args) || points == 0) return cudaSuccess;
     const int64_t pieces = CeilDiv(rows / entries * args.K, kPiecePairs), all_pieces = entries * pieces;
     if (cudaError_t error = CheckGrid(points + all_pieces); error != cudaSuccess) return error;
-    const SplitBatch split = Split(args.batch, args.kept);
     if (all_pieces > 0) {
+      const SplitBatch split = Split(args.batch, args.kept);
       PieceKernel<M, T, TF, kOrder == Order::kSecond, kWidth>
           <<<static_cast<unsigned>(CeilDiv(all_pieces, kPieceWarps)), kPieceWarps * kWarp, 0, stream>>>(
               args, split, static_cast<uint32_t>(pieces), static_cast<uint32_t>(all_pieces));
       if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
     }
     JoinKernel<M, T, TF, kWidth><<<static_cast<unsigned>(CeilDiv(points, kJoinWarps)), kJoinWarps * kWarp, 0, stream>>>(
-        args, split, pieces, static_cast<uint32_t>(points));
+        args, pieces, static_cast<uint32_t>(points));
   }
   return cudaGetLastError();
 }

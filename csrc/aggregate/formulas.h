@@ -19,8 +19,9 @@
 // In the features:    f̄ += −w s_e g
 // In the rest, through the metric, the gradient of  −w (a − A s_e) e + δ s_D − w A s_e  with the factors held fixed.
 //
-// A neighbour at distance +inf (an overflow, or an infinite coordinate) has weight 0, whatever sigma·inf is, and, at
-// every order, derivative 0, where the products above would be 0·inf: kernels set its factors to 0.
+// A neighbour at distance +inf (an overflow, or an infinite coordinate) is an empty slot: weight 0, whatever sigma·inf
+// is, nothing in f_out, whatever its feature is, and at every order derivative 0, where the products above would be
+// 0·inf.
 
 #ifndef KNN_AGGREGATE_FORMULAS_H_
 #define KNN_AGGREGATE_FORMULAS_H_

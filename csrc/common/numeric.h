@@ -56,6 +56,10 @@ KNN_FN constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b;
 KNN_FN constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 KNN_FN constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Whether i, any integer, is the number of one of n things: what every number that users give, or that lies in an array
+// of theirs, is asked before it is part of an address. n <= 2³¹.
+KNN_FN constexpr bool Names(int32_t i, int64_t n) { return static_cast<uint32_t>(i) < n; }
+
 // a·b + c. Written out wherever a product is added, and files are compiled without contraction, so that a distance has
 // the same bits in the search that ranks it and in the kernel that returns it.
 template <class T>

@@ -209,6 +209,12 @@ KNN_FN Vec<T> Select(Which which, Vec<T> a, Vec<T> b) {
   return {which ? a.v : b.v};
 }
 
+// 0 where a is less than `least`.
+template <class T>
+KNN_FN Vec<T> Flushed(Vec<T> a, Vec<T> least) {
+  return Select(a.v < least.v, Vec<T>{}, a);
+}
+
 // e^x to about one unit in the last place: with n the integer nearest to x / ln 2 and r = x − n ln 2, the product of 2ⁿ
 // and of e^r by Taylor's series.
 template <class T>

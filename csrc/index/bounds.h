@@ -25,6 +25,7 @@ KNN_FN D Number(double x) {
 }
 KNN_FN double Max(double a, double b) { return a > b ? a : b; }
 KNN_FN double Sqrt(double a) { return std::sqrt(a); }
+KNN_FN double Flushed(double a, double least) { return a < least ? 0 : a; }
 
 // The squares of lambda and axis of index.h for a point, or a vector of points, whose sigma are not negative. D is
 // double or a vector of doubles. With unit rows r_i of R, M = s Σ w_i r_i r_iᵀ where w_i = sigma_i |R_i|² / s and s =
@@ -34,14 +35,18 @@ KNN_FN double Sqrt(double a) { return std::sqrt(a); }
 //   c₀ = det M/s³ = w_0 w_1 w_2 det(r)²,   C_a = Σ_{i<j} w_i w_j (n_ij)_a²,   c₁ = Σ_a C_a,   c₂ = 1,
 //
 // and (M⁻¹)_aa = C_a / (s c₀). Laguerre's iteration from 0 rises to the least root and does not pass it; three steps
-// reach it. Rounding may move a triple root by 10⁻⁵ of it. Sigmas below the least normal number count as that: their
-// products may underflow. A row whose square underflows counts as 0. A w that underflows counts only where the bound is
+// reach it. Rounding may move a triple root by 10⁻⁵ of it. A sigma below the least normal number m counts as 0, since it may
+// be read as that; and as m in κ, since its products may underflow. An entry of R below m may be read as 0 as well, which
+// moves u_i by up to √3 m |d|: κ covers that, as rows count there as if of a square of at least (m/ε)². A row whose
+// square underflows counts as 0. A w that underflows counts only where the bound is
 // 0 all the same (tight is 0 unless all w are above 2⁻¹⁰⁰ s), or s is so small that it is made 0. Whatever overflows
 // ends as NaN or infinity, and so as no bound.
 template <class T, class D>
 KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
   const D zero = Number<D>(0), one = Number<D>(1), least = Number<D>(Precision<T>::kLeast);
   const D round = Number<D>(16 * DBL_EPSILON), slack = Number<D>(1 - 0x1p-12);
+  constexpr double kRow = double{Precision<T>::kLeast} / Precision<T>::kEpsilon;
+  const D least_square = Number<D>(kRow * kRow > DBL_MIN ? kRow * kRow : DBL_MIN);
   const auto absolute = [&](D x) { return Max(x, zero - x); };
   D squares[3], r[9], w[3], s = zero, noise = zero;
   for (int i = 0; i < 3; ++i) {
@@ -49,9 +54,9 @@ KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
     squares[i] = row[0] * row[0] + row[1] * row[1] + row[2] * row[2];
     const D norm = Sqrt(Max(squares[i], Number<D>(DBL_MIN)));
     for (int c = 0; c < 3; ++c) r[3 * i + c] = row[c] / norm;
-    w[i] = sigma[i] * Max(squares[i] - Number<D>(DBL_MIN), zero);
+    w[i] = Flushed(sigma[i], least) * Max(squares[i] - Number<D>(DBL_MIN), zero);
     s = s + w[i];
-    noise = noise + Max(sigma[i], least) * squares[i];
+    noise = noise + Max(sigma[i], least) * Max(squares[i], least_square);
   }
   for (int i = 0; i < 3; ++i) w[i] = w[i] / s;
   D cofactor[3] = {zero, zero, zero}, det = zero;

@@ -26,7 +26,7 @@ struct Cloud {
       : p(At(args.p, batch, b)),
         sigma(M::kR > 0 ? At(args.sigma, batch, b) : nullptr),
         R(M::kR > 0 ? At(args.R, batch, b) : nullptr),
-        length(min(max(int64_t{*At(args.lengths, batch, b)}, int64_t{0}), args.P)) {}
+        length(LengthOf(args.lengths, batch, b, args.P)) {}
 
   __device__ __forceinline__ Vec3<T> Point(int64_t j) const { return Load3(p + 3 * j); }
   __device__ __forceinline__ typename M::Parameters Parameters(int64_t j) const {

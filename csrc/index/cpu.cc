@@ -106,7 +106,7 @@ struct Builder {
     const T* p = At(x.p, x.batch, b);
     const T* sigma = kAnisotropic ? At(x.sigma, x.batch, b) : nullptr;
     const T* R = kAnisotropic ? At(x.R, x.batch, b) : nullptr;
-    const int64_t length = std::min<int64_t>(*At(x.lengths, x.batch, b), x.P);
+    const int64_t length = LengthOf(x.lengths, x.batch, b, x.P);
     const int64_t begin = task % tasks * kItemsPerTask;
     const int64_t end = std::min(begin + kItemsPerTask, cloud.shape.leaves * kLeafSize);
     for (int64_t i = begin; i < end; ++i) {

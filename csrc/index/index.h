@@ -25,6 +25,17 @@
 //
 // So lambda is √λ_min − κ and axis_a is (1 − κ/√λ_min) / √(M⁻¹)_aa, or 0 where that is negative; both are then rounded
 // down generously. Gaps need no care: rounding is monotone, so a computed gap is never longer than the computed d_a.
+//
+// Nor are errors relative where numbers underflow. XLA's threads flush: they read and write 0 for all below the least
+// normal number m. Three products and two sums of each u_i lose at most 5m, so ‖u‖ at most e = 5m √(Σ sigma_i), and e² <=
+// 75 m² · most = 300 m, as the largest number is 4/m. (What a subnormal entry of R or sigma adds is lost too: see
+// bounds.h.) Products and sums of the three terms lose at most another 8m; where sigma_i u_i is lost, |u_i| < 1. Hence, for
+// any t > 0 and a computed distance x, as squares of sums go,
+//
+//   bound <= (√(x + 8m) + e)² <= (1 + t) (x + 8m) + (1 + 1/t) e²
+//
+// and with t = 2⁻¹³, half of what factors are rounded down by, a node is left out only where its bound is more than x +
+// 2²² m. (Squared Euclidean distances have no u: 8m would do.)
 
 #ifndef KNN_INDEX_INDEX_H_
 #define KNN_INDEX_INDEX_H_
@@ -53,6 +64,9 @@ struct IndexShape {
   int64_t leaves, groups;
   int levels;
   int64_t nodes[kMaxLevels], first_group[kMaxLevels + 1];
+
+  // How many nodes a group has.
+  KNN_FN int64_t NodesIn(int level, int64_t group) const { return nodes[level] - group * kFanOut; }
 };
 
 KNN_FN IndexShape ShapeOfIndex(int64_t P) {
@@ -68,7 +82,9 @@ KNN_FN IndexShape ShapeOfIndex(int64_t P) {
   }
 }
 
-// An index as the search reads it. Batch axes as those of the search's operands.
+// An index as the search reads it. Batch axes as those of the search's operands. It is an array like any other: stale,
+// zero or arbitrary where a program carries a place for one that is yet to be built. Whatever is in it, searches visit
+// only nodes that the shape has, and take only points that exist.
 template <class T>
 struct Index {
   Operand<const T> leaves;       // [leaves, kLeafRows, kLeafSize]; a missing one has p = +inf
@@ -99,5 +115,18 @@ struct BuildIndex {
 };
 
 }  // namespace knn
+
+namespace knn::KNN_ISA {
+
+// How much further than the K-th nearest a bound may seem to be.
+template <class T>
+constexpr T kUnderflow = 0x1p22 * Precision<T>::kLeast;
+
+// How many of the P points of batch entry b exist.
+KNN_FN int64_t LengthOf(const Operand<const int32_t>& lengths, const Batch& batch, int64_t b, int64_t P) {
+  return Min(Max(*At(lengths, batch, b), 0), P);
+}
+
+}  // namespace knn::KNN_ISA
 
 #endif  // KNN_INDEX_INDEX_H_

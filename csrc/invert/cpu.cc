@@ -12,7 +12,7 @@ void Run(const Invert& v, void* /*scratch*/, int64_t task) {
   int32_t* order = v.order + task * v.pairs;
   const int64_t rows = v.row == 0 ? 0 : v.pairs / v.row;
   // Pairs without a neighbour form a last group, P, which nobody reads.
-  const auto group = [&v](int32_t idx) { return idx < 0 || idx >= v.P ? v.P : idx; };
+  const auto group = [&v](int32_t idx) { return Names(idx, v.P) ? idx : v.P; };
 
   std::memset(offsets, 0, (v.P + 1) * sizeof *offsets);
   for (int64_t s = 0; s < rows; ++s) {

@@ -22,7 +22,7 @@ constexpr int kColumns = 32;  // groups whose counts a block sums
 __device__ __forceinline__ int32_t GroupOf(const Invert& args, const SplitBatch& split, uint32_t c, uint32_t number) {
   const uint32_t row = static_cast<uint32_t>(args.row), s = number / row;
   const int32_t j = args.idxs[int64_t{Join(split, c, s)} * args.row + (number - s * row)];
-  return j >= 0 && j < args.P ? j : static_cast<int32_t>(args.P);
+  return Names(j, args.P) ? j : static_cast<int32_t>(args.P);
 }
 
 // Groups of a thread's pairs in a tile, P + 1 beyond the last pair. All are loaded at once.

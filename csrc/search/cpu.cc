@@ -246,8 +246,7 @@ struct Searcher {
     const int32_t* order;
     const T* nodes;
     IndexShape shape;
-    int64_t K, capacity;
-    int32_t length;
+    int64_t K, capacity, length;
 
     Vec3<T> q[kTogether], finite_q[kTogether];
     Candidates<T> candidates[kTogether];
@@ -290,11 +289,12 @@ struct Searcher {
     }
   }
 
-  // The points of a leaf, a bit for each, without those that the index has but the search's own lengths leave out.
+  // The points of a leaf, a bit for each, without those that the index has but the search's own lengths leave out, and
+  // numbers that no builder wrote.
   static uint32_t Existing(const Work& w, int32_t leaf) {
     const int32_t* order = w.order + leaf * kLeafSize;
     uint32_t mask = 0;
-    for (int l = 0; l < kLeafSize; ++l) mask |= order[l] < w.length ? uint32_t(1) << l : 0;
+    for (int l = 0; l < kLeafSize; ++l) mask |= uint32_t{Names(order[l], w.length)} << l;
     return mask;
   }
 
@@ -369,17 +369,16 @@ struct Searcher {
     }
   }
 
-  // Distances below the least normal number may be rounded to anything there.
-  static T Limit(T bound) { return bound > std::numeric_limits<T>::min() ? bound : std::numeric_limits<T>::min(); }
-
   static void VisitGroup(Work& w, int level, int64_t group) {
     alignas(64) T bounds[kTogether][kFanOut];
     Bounds(w, w.nodes + (w.shape.first_group[level] + group) * kNodeRows * kFanOut, bounds);
     uint32_t left = 0;
     for (int i = 0; i < kTogether; ++i) {
-      const V limit = V::Broadcast(Limit(w.candidates[i].bound));
+      const V limit = V::Broadcast(w.candidates[i].bound + kUnderflow<T>);
       for (int l = 0; l < kFanOut; l += V::kLanes) left |= LessEqualMask(V::Load(bounds[i] + l), limit) << l;
     }
+    const int64_t nodes = w.shape.NodesIn(level, group);
+    if (nodes < kFanOut) left &= (uint32_t{1} << nodes) - 1;
     if (level == 0) left &= ~w.SeedsIn(group);
     for (; left != 0; left &= left - 1) {
       const int lane = __builtin_ctz(left);
@@ -388,7 +387,7 @@ struct Searcher {
         VisitGroup(w, level - 1, node);
       } else {
         bool within = false;
-        for (int i = 0; i < kTogether; ++i) within |= bounds[i][lane] <= Limit(w.candidates[i].bound);
+        for (int i = 0; i < kTogether; ++i) within |= bounds[i][lane] <= w.candidates[i].bound + kUnderflow<T>;
         if (within) VisitLeaf(w, static_cast<int32_t>(node));
       }
     }
@@ -399,7 +398,7 @@ struct Searcher {
     const T* p = At(s.p, s.batch, b);
     const T* sigma = kAnisotropic ? At(s.sigma, s.batch, b) : nullptr;
     const T* R = kAnisotropic ? At(s.R, s.batch, b) : nullptr;
-    const int64_t length = Min(*At(s.lengths, s.batch, b), s.P);
+    const int64_t length = LengthOf(s.lengths, s.batch, b, s.P);
     for (int pass = 0; pass < 2 && n < Min(s.K, length); ++pass) {
       for (int64_t j = 0; j < length && n < s.K; ++j) {
         const T dist = Metric<T>::Distance(
@@ -431,7 +430,7 @@ struct Searcher {
         w.leaves = At(index.leaves, s.batch, b);
         w.order = At(index.order, s.batch, b);
         w.nodes = At(index.nodes, s.batch, b);
-        w.length = *At(s.lengths, s.batch, b);
+        w.length = LengthOf(s.lengths, s.batch, b, s.P);
         w.candidates[kTogether - 1].n = 0;
         last_b = b;
       }

@@ -75,7 +75,8 @@ __device__ __forceinline__ T Bound(const T* group, Vec3<T> q) {
   return row(kBase) + fmax(Dot(s, s), axis * axis);
 }
 
-// A bound on the K-th distance from guesses: the K-th of those that name different points. Only the first 32 count.
+// A bound on the K-th distance from guesses: the K-th of those that name different points. Only the first 32 count. It
+// is one of the points that were given: those in an index may lie elsewhere by now.
 template <class M, class T>
 __device__ __forceinline__ Neighbour<T> WarmBound(const Cloud<M, T>& cloud, Vec3<T> query, const int32_t* warm,
                                                   int64_t W, int K) {
@@ -83,7 +84,7 @@ __device__ __forceinline__ Neighbour<T> WarmBound(const Cloud<M, T>& cloud, Vec3
   const int32_t j = lane < W ? warm[lane] : -1;
   const bool first = __ffs(__match_any_sync(kFullMask, j)) - 1 == lane;
   Neighbour<T> mine;
-  if (first && j >= 0 && j < cloud.length) mine = Neighbour<T>(cloud.Distance(query, j), j);
+  if (first && Names(j, cloud.length)) mine = Neighbour<T>(cloud.Distance(query, j), j);
   const Neighbour<T> kth = Broadcast(Sorted(mine), K - 1);
   return kth.Exists() ? Neighbour<T>(kth.dist(), INT_MAX) : Neighbour<T>();
 }
@@ -110,25 +111,35 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kRows == 1 ? 4 : 2
     last = limit;
   }
 
-  int level = shape.levels - 1;
+  int level = shape.levels;
   int64_t group = 0;  // of the level
-  bounds[warp][level][lane] = Bound(nodes + shape.first_group[level] * kNodeRows * kFanOut, query);
+  const auto descend = [&](int64_t node) {
+    group = node;
+    --level;
+    const T bound = Bound(nodes + (shape.first_group[level] + group) * kNodeRows * kFanOut, query);
+    bounds[warp][level][lane] = lane < shape.NodesIn(level, group) ? bound : T(INFINITY);
+  };
+  descend(0);
   while (true) {
     const T mine = bounds[warp][level][lane], least = WarpMin(mine);
-    // A bound of +inf is that of a node without points, or whose points all are at +inf. Distances below the least
-    // normal number may be rounded to anything there.
-    if (!(least <= fmax(last.dist(), Precision<T>::kLeast)) || least == T(INFINITY)) {
-      if (++level == shape.levels) break;
-      group /= kFanOut;
+    // A bound of +inf is that of a node without points, or whose points all are at +inf.
+    if (!(least <= last.dist() + kUnderflow<T>) || least == T(INFINITY)) {
+      if (++level < shape.levels) {
+        group /= kFanOut;
+        continue;
+      }
+      if (!limit.Exists() || nearest.Last(K).Exists()) break;
+      // No K points are within the bound of the guesses: it was none. Without it, then.
+      limit = last = Neighbour<T>{};
+      nearest = {};
+      descend(0);
       continue;
     }
     const int from = __ffs(__ballot_sync(kFullMask, mine == least)) - 1;
     if (lane == from) bounds[warp][level][lane] = T(INFINITY);  // done
     const int64_t node = group * kFanOut + from;
     if (level > 0) {
-      group = node;
-      --level;
-      bounds[warp][level][lane] = Bound(nodes + (shape.first_group[level] + group) * kNodeRows * kFanOut, query);
+      descend(node);
       continue;
     }
     constexpr int kLeafScalars = kLeafRows<M::kKind>;
@@ -139,10 +150,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && kRows == 1 ? 4 : 2
     const T dist = M::Distance(M::Load(M::kR > 0 ? row + 3 : nullptr, M::kR > 0 ? row + 6 : nullptr),
                                query - Vec3<T>{row[0], row[1], row[2]});
     if (__any_sync(kFullMask, dist <= last.dist())) {
-      // An index may have points that the search's own lengths leave out.
+      // An index may have points that the search's own lengths leave out, and numbers that no builder wrote.
       const int32_t j = order[node * kLeafSize + lane];
       Neighbour<T> found;
-      if (j < cloud.length) found = Neighbour<T>(dist, j);
+      if (Names(j, cloud.length)) found = Neighbour<T>(dist, j);
       const unsigned better = __ballot_sync(kFullMask, found < last);
       if (better != 0) nearest.Take(found, better, K, last);
       if (limit < last) last = limit;
