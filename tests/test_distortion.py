@@ -369,7 +369,8 @@ def test_sort_and_check(implementation, rng):
     jka.flatten_distortion_loss(w.ravel(), m.ravel(), 0.1, ids, 3, check=True, **options)  # m falls between rays
     with pytest.raises(Exception, match="m must ascend"):
         jka.distortion_loss(w, shuffled, interval, check=True, **options)
-    for bad in (m.at[1, 4].set(jnp.nan), m[:, :1].at[1].set(jnp.nan)):  # a ray of one sample has nothing to ascend to
+    # A ray of one sample has nothing to ascend to; an infinite last position ascends.
+    for bad in (m.at[1, 4].set(jnp.nan), m[:, :1].at[1].set(jnp.nan), m.at[2, -1].set(jnp.inf)):
         with pytest.raises(Exception, match="m must be finite"):
             jka.distortion_loss(w[:, : bad.shape[1]], bad, 0.1, check=True, **options)
     with pytest.raises(Exception, match="m must ascend within"):

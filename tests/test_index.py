@@ -1,5 +1,6 @@
 """Searches through an index, and with guesses: exactly what comparing all pairs gives, whatever the cloud."""
 
+import dataclasses
 import functools
 
 import helpers
@@ -268,6 +269,9 @@ def test_what_can_be_seen_of_a_wrong_index_raises(rng):
         jka.knn_search_aniso(*(a.astype(np.float64) for a in (q, p, sigma, R)), 3, index=index)
     with pytest.raises(ValueError, match=r"\(1, 40, 3\)"):
         jka.knn_search_aniso(q[None], p[None], sigma[None], R[None], 3, index=index)
+    halved = jax.tree.map(lambda a: a[:, :16], index)
+    with pytest.raises(ValueError, match=r"index holds \['float32\[2, 15, 32\]', 'int32\[2, 16\]'.*expected"):
+        jka.knn_search_aniso(q, p, sigma, R, 3, index=dataclasses.replace(index, order=halved.order))
     with pytest.raises(TypeError, match="index is a tuple, expected what build_index returns"):
         jka.knn_search_aniso(q, p, sigma, R, 3, index=(1, 2))
     with pytest.raises(ValueError, match="only one of sigma and R"):
@@ -278,12 +282,114 @@ def test_what_can_be_seen_of_a_wrong_index_raises(rng):
         jka.knn_search_aniso(q, p, sigma, R, 3, warm_idxs=np.zeros((5, 3), np.float32))
 
 
-def test_stale_index_and_foreign_values_stay_in_bounds(kernels, rng):
-    """An index of other points gives their neighbours; guesses of any value are harmless."""
+def test_stale_index_and_foreign_values(kernels, rng):
+    """An index of other points gives their neighbours; guesses of any value change no result, with any index."""
     q, p, _, sigma, R = (jnp.asarray(a) for a in helpers.cloud(rng, "aniso", 30, 300, 0, dtype=np.float32))
+    search = functools.partial(jka.knn_search_aniso, q, p, sigma, R, 5)
     index = jka.build_index(p[::-1], sigma[::-1], R[::-1])
-    stale = jka.knn_search_aniso(q, p, sigma, R, 5, index=index).idxs
+    stale = search(index=index).idxs
     np.testing.assert_array_equal(stale, jka.knn_search_aniso(q, p[::-1], sigma[::-1], R[::-1], 5).idxs)
     extreme = rng.choice(np.array([-(2**63), -1, 0, 299, 300, 2**31 - 1, 2**63 - 1]), (30, 9))
-    got = jka.knn_search_aniso(q, p, sigma, R, 5, warm_idxs=extreme).idxs
-    np.testing.assert_array_equal(got, jka.knn_search_aniso(q, p, sigma, R, 5).idxs)
+    want = search().idxs
+    np.testing.assert_array_equal(search(warm_idxs=extreme).idxs, want)
+    for guesses in (extreme, want):  # to the points as they are now, the latter bound distances that the index has not
+        np.testing.assert_array_equal(search(index=index, warm_idxs=guesses).idxs, stale)
+    # All points at the queries' place now: there, guesses are at distance 0.
+    shrunk = functools.partial(jka.knn_search_aniso, q, 1e-6 * p + q[:1], sigma, R, 5, index=index)
+    np.testing.assert_array_equal(shrunk(warm_idxs=want).idxs, shrunk().idxs)
+
+
+def garbage(rng, index):
+    """Indexes that no builder made, of the shapes of ``index``."""
+
+    def bits(a):
+        return np.frombuffer(rng.bytes(a.nbytes), a.dtype).reshape(a.shape)
+
+    def spoilt(a):
+        special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0, -1], a.dtype) if a.dtype.kind == "f" else bits(a)
+        return np.where(rng.random(a.shape) < 0.1, rng.choice(special.ravel(), a.shape), a)
+
+    index = jax.tree.map(np.asarray, index)
+    yield "zeros", jax.tree.map(np.zeros_like, index)
+    yield "bits", jax.tree.map(bits, index)
+    yield (
+        "least base everywhere",
+        jax.tree.map(lambda a: np.full_like(a, -1 if a.dtype.kind == "i" else -np.inf), index),
+    )
+    for _ in range(3):
+        yield "spoilt", jax.tree.map(spoilt, index)
+
+
+@pytest.mark.parametrize("P, K", [(33, 4), (1025, 40), (40_000, 4)])
+@pytest.mark.parametrize("metric, dtype", [("iso", np.float32), ("aniso", np.float32), ("aniso", np.float64)])
+def test_whatever_an_index_holds(metric, dtype, P, K, kernels, rng):
+    """Found are points that exist, or none; nothing outside the arrays is read (which sanitized builds see)."""
+    q, p, _, *m = (jnp.asarray(a) for a in helpers.cloud(rng, metric, 500, P, 0, dtype=dtype))
+    build = functools.partial(jka.build_index, p, *(m if metric == "aniso" else ()))
+    length = P - 3
+
+    @jax.jit
+    def search(index, warm):
+        options = {"index": index, "p_lengths": length}
+        x = (q, p, None, *m)
+        return helpers.search(metric, x, K, **options).idxs, helpers.search(
+            metric, x, K, warm_idxs=warm, **options
+        ).idxs
+
+    warm = search(build(), jnp.zeros((500, K), jnp.int32))[0]
+    for name, index in garbage(rng, build()):
+        cold, warmed = map(np.asarray, search(index, warm))
+        assert cold.min() >= -1 and cold.max() < length, f"{name}: indices from {cold.min()} to {cold.max()}"
+        np.testing.assert_array_equal(warmed, cold, err_msg=name)
+
+
+def test_an_index_may_be_built_later(implementation, rng):
+    """A program carries zeros until the first refresh; from there on, neighbours are the cloud's."""
+    q, p, *_ = (jnp.asarray(a) for a in helpers.cloud(rng, "iso", 50, 1200, 0, dtype=np.float32))
+    options = {"implementation": implementation}
+    build = functools.partial(jka.build_index, p, **options)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(build))
+
+    def step(index, t):
+        found = jka.knn_search(q, p, 4, index=index, **options).idxs
+        return jax.lax.cond(t == 1, build, lambda: index), found
+
+    found = np.asarray(jax.lax.scan(step, nothing, jnp.arange(4))[1])
+    assert found.min() >= -1 and found.max() < 1200
+    np.testing.assert_array_equal(found[2:], np.stack([jka.knn_search(q, p, 4, **options).idxs] * 2))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_underflow(dtype, kernels, rng):
+    """Where terms of distances underflow, and threads flush them, an index misses nothing that all pairs have.
+
+    Few queries are compared with all points, many go through an index.
+    """
+    P, Q, K = 512, 2048, 8
+    least, most = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
+    search = jax.jit(lambda q, p, sigma, R: jka.knn_search_aniso(q, p, sigma, R, K).idxs)
+    index = jax.jit(
+        lambda q, p, sigma, R: jka.knn_search_aniso(q, p, sigma, R, K, index=jka.build_index(p, sigma, R)).idxs
+    )
+
+    def turned(a, b):
+        """A rotation, or reflection, of the unit vector a to b."""
+        A, B = (np.linalg.qr(np.column_stack([x, rng.normal(size=(3, 2))]))[0] for x in (a, b))
+        A[:, 0], B[:, 0] = a, b
+        return B @ A.T
+
+    for turn in range(40):
+        # Between two clouds, nearly as far from both: all of one's distance is along an axis of its metric, and that of
+        # the other is a sum of three terms, more of which is lost. Usual precisions, tiny and huge ones.
+        scale = [1.0, least * 2**20, most / 2**8, 2.0 ** rng.integers(-90, 90)][turn % 4]
+        h = np.sqrt(least / scale) * 2 ** rng.uniform(-0.5, 3)
+        way = rng.normal(size=3)
+        way /= np.linalg.norm(way)
+        other = rng.random((P, 1)) < 0.5
+        p = h * (np.where(other, way, -rng.uniform(0.7, 1) * way) + 1e-3 * rng.normal(size=(P, 3)))
+        q = h * 1e-3 * rng.normal(size=(Q, 3))
+        R = np.where(other[:, None], turned(way, np.full(3, 3**-0.5)), turned(way, np.eye(3)[0]))
+        sigma = scale * rng.choice([1.0, 0.0, least], (P, 3), p=[1, 0, 0] if turn % 8 else [0.98, 0.01, 0.01])
+        x = [jnp.asarray(a, dtype) for a in (q, p, sigma, R)]
+        want = np.concatenate([search(x[0][i : i + 256], *x[1:]) for i in range(0, Q, 256)])
+        np.testing.assert_array_equal(index(*x), want, err_msg=f"turn {turn}, scale {scale}, h {h}")

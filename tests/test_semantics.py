@@ -1,5 +1,7 @@
 """Order, ties, empty slots, NaN and infinity, integer dtypes, empty arrays: the same on every implementation."""
 
+import functools
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -328,6 +330,67 @@ def test_infinite_coordinates(metric, implementation, rng):
     np.testing.assert_array_equal(got.idxs, want[3])
     for name, w in zip(helpers.OUTPUTS, want, strict=False):
         helpers.assert_close(getattr(got, name), w, 1e-12, name)
+
+
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_a_neighbour_at_infinity_is_none(metric, implementation, rng):
+    """Whatever its parameters and features are: as if its slot were empty, at every order."""
+    implementation = None if implementation == "ffi" else implementation  # third order has no kernels of its own
+    P, K = 8, 3
+    x = helpers.cloud(rng, metric, 4, P, 2)
+    far = {"p": np.inf, "f": np.nan, "sigma": np.inf, "R": np.inf}
+    for name, a in zip(helpers.ARGUMENTS[metric], x, strict=True):
+        a[:2] = far.get(name, a[:2])
+    x[1][0] = 3e200  # squares overflow
+    idxs = rng.integers(2, P, (4, K))
+    idxs[:, 1] = [0, 1, 0, 1]
+    ct, v = helpers.cotangents(rng, metric, x, K)
+    ct["f_out"][3] = np.inf  # reaches the features of neighbours that are there
+    x, ct, v = helpers.tree((x, ct, v))
+
+    def every(x, idxs, ct, v):
+        op = lambda *x: helpers.precomputed(metric, x, idxs, implementation=implementation)[:3]  # noqa: E731
+        second = lambda x: helpers.second(metric, op, x, ct, v)  # noqa: E731
+        third = jax.grad(lambda x: helpers.product(second(x), {**v, **ct}))
+        return op(*x), helpers.first(metric, op, x, ct), second(x), third(x)
+
+    run = helpers.quick_jit(every)
+    got, want = run(x, idxs, ct, v), run(x, np.where(idxs < 2, -1, idxs), ct, v)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("metric", helpers.METRICS)
+def test_kernels_and_reference_agree_on_what_is_not_finite(metric, kernels, rng):
+    """Infinities and NaN anywhere: the same entries of every result are finite, to third order, and the same."""
+    Q, P, F, K = 4, 6, 3, 3
+
+    def every(implementation, x, idxs, ct, v):
+        op = lambda *x: helpers.precomputed(metric, x, idxs, implementation=implementation)[:3]  # noqa: E731
+        second = lambda x: helpers.second(metric, op, x, ct, v)  # noqa: E731
+        third = jax.grad(lambda x: helpers.product(second(x), {**v, **ct}))
+        forward = jax.jvp(op, x, tuple(v[name] for name in helpers.ARGUMENTS[metric]))
+        return forward, helpers.first(metric, op, x, ct), second(x), third(x)
+
+    ours, reference = (helpers.quick_jit(functools.partial(every, i)) for i in (None, "xla"))
+    for _ in range(100):
+        x = helpers.cloud(rng, metric, Q, P, F)
+        ct, v = helpers.cotangents(rng, metric, x, K)
+        arrays = jax.tree.leaves((x, ct, v))
+        spoilt = []
+        for _ in range(rng.integers(1, 4)):
+            n = rng.integers(len(arrays))
+            at = tuple(rng.integers(0, arrays[n].shape))
+            arrays[n][at] = rng.choice([np.inf, -np.inf, np.nan, 0.0])
+            spoilt.append((int(n), arrays[n][at]))
+        args = helpers.tree((x, rng.integers(-1, P, (Q, K)), ct, v))
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(ours(*args)), jax.tree.leaves(reference(*args)), strict=True
+        ):
+            what = f"{jax.tree_util.keystr(path)}, with {spoilt}"
+            finite = np.isfinite(b)
+            np.testing.assert_array_equal(np.isfinite(a), finite, err_msg=f"{what}: not finite elsewhere")
+            helpers.assert_close(np.where(finite, a, 0), np.where(finite, b, 0), 1e-6, what)
 
 
 def test_the_weight_at_infinity_is_zero_whatever_sigma(implementation, rng):

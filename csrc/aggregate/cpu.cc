@@ -365,7 +365,8 @@ struct Aggregator {
         } else {
           by = SecondOrderFactors(w, b, ct_w, ct_d, V::Load(block.a + n), value.exponent);
         }
-        by = {if_exists(by.feature), if_exists(by.a_e), if_exists(by.dist), if_exists(by.exponent)};
+        by = {Select(exists.v != 0, by.feature, V::Broadcast(NoFactors<T>().feature)), if_exists(by.a_e),
+              if_exists(by.dist), if_exists(by.exponent)};
         block.factors.Store(n, by);
         if (args.q_bar != nullptr) {
           Parameters unused = {};
@@ -508,7 +509,7 @@ struct Aggregator {
         others.factors.Put(others.n, by);
         others.n += HasMetricTerms(by);
       }
-      if (features && cursor.queries.ct_f != nullptr) {
+      if (features && cursor.queries.ct_f != nullptr && AddsFeatures(by.feature)) {
         PrefetchRow(cursor.queries.ct_f, i, args.F);
         others.rows.Add(cursor.queries.ct_f + i * args.F, by.feature);
       }

@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
       if (kFirst) weigh();  // so late, since the rows need no weights and hide the wait for parameters
       if (!kGradients || !main || !gradients) continue;
 
-      PairFactors<T> factors = {0, 0, 0, 0};
+      PairFactors<T> factors = NoFactors<T>();
       if (j >= 0) {
         const T ct_w_pair = args.ct_w.data == nullptr ? T(0) : At(args.ct_w, args.batch, b)[int64_t{i} * K + k];
         const T ct_d_pair = args.ct_d.data == nullptr ? T(0) : At(args.ct_d, args.batch, b)[int64_t{i} * K + k];
@@ -394,16 +394,18 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
         for (int l = first + half; l - half < last; l += 2 * kRows) {
           if (features) {
             T x[kRows][kWidth], factor[kRows];
+            bool adds[kRows];
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {  // all at once, even if some are beyond the last
               const Row row = rows[min(l + 2 * r, last - 1)];
               LoadFeatures(row.ct_f + (inside ? feature : 0), x[r]);
               factor[r] = row.factor;
+              adds[r] = l + 2 * r < last && AddsFeatures(row.factor);
             }
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-              for (int e = 0; e < kWidth; ++e) sum[e] = Fma(factor[r], l + 2 * r < last ? x[r][e] : T(0), sum[e]);
+              for (int e = 0; e < kWidth; ++e) sum[e] = Fma(factor[r], adds[r] ? x[r][e] : T(0), sum[e]);
             }
           }
 #pragma unroll

@@ -21,7 +21,8 @@
 //
 // A neighbour at distance +inf (an overflow, or an infinite coordinate) is an empty slot: weight 0, whatever sigma·inf
 // is, nothing in f_out, whatever its feature is, and at every order derivative 0, where the products above would be
-// 0·inf.
+// 0·inf. Where the cotangent g is infinite, f̄ tells such a pair from one whose weight is 0: the factor of g is −0,
+// which no other pair's is.
 
 #ifndef KNN_AGGREGATE_FORMULAS_H_
 #define KNN_AGGREGATE_FORMULAS_H_
@@ -43,6 +44,16 @@ struct alignas(4 * sizeof(T)) PairFactors {
 
 namespace knn::KNN_ISA {
 
+// The factors of a pair that adds nothing, whatever it is multiplied with.
+template <class T>
+KNN_FN PairFactors<T> NoFactors() {
+  return {-T(0), 0, 0, 0};
+}
+template <class T>
+KNN_FN bool AddsFeatures(T feature) {
+  return !(feature == 0 && std::signbit(feature));
+}
+
 // Whether the pair adds anything through the metric. NaN does.
 template <class T>
 KNN_FN bool HasMetricTerms(const PairFactors<T>& factors) {
@@ -59,7 +70,7 @@ KNN_FN PairFactors<T> FirstOrderFactors(T w, T b, T ct_w, T ct_d) {
 template <class T>
 KNN_FN PairFactors<T> SecondOrderFactors(T w, T b, T ct_w, T ct_d, T a, T s_e) {
   const T A = b + ct_w;
-  return {-w * s_e, -w * Fma(-A, s_e, a), ct_d, -w * A};
+  return {T{} - w * s_e, -w * Fma(-A, s_e, a), ct_d, -w * A};
 }
 
 }  // namespace knn::KNN_ISA

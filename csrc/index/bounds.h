@@ -35,12 +35,12 @@ KNN_FN double Flushed(double a, double least) { return a < least ? 0 : a; }
 //   c₀ = det M/s³ = w_0 w_1 w_2 det(r)²,   C_a = Σ_{i<j} w_i w_j (n_ij)_a²,   c₁ = Σ_a C_a,   c₂ = 1,
 //
 // and (M⁻¹)_aa = C_a / (s c₀). Laguerre's iteration from 0 rises to the least root and does not pass it; three steps
-// reach it. Rounding may move a triple root by 10⁻⁵ of it. A sigma below the least normal number m counts as 0, since it may
-// be read as that; and as m in κ, since its products may underflow. An entry of R below m may be read as 0 as well, which
-// moves u_i by up to √3 m |d|: κ covers that, as rows count there as if of a square of at least (m/ε)². A row whose
-// square underflows counts as 0. A w that underflows counts only where the bound is
-// 0 all the same (tight is 0 unless all w are above 2⁻¹⁰⁰ s), or s is so small that it is made 0. Whatever overflows
-// ends as NaN or infinity, and so as no bound.
+// reach it. Rounding may move a triple root by 10⁻⁵ of it. A sigma below the least normal number m counts as 0, since
+// it may be read as that; and as m in κ, since its products may underflow. An entry of R below m may be read as 0 as
+// well, which moves u_i by up to √3 m |d|: κ covers that, as rows count there as if of a square of at least (m/ε)². A
+// row whose square underflows counts as 0. A w that underflows counts only where the bound is 0 all the same (tight is
+// 0 unless all w are above 2⁻¹⁰⁰ s), or s is so small that it is made 0. Whatever overflows ends as NaN or infinity,
+// and so as no bound.
 template <class T, class D>
 KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
   const D zero = Number<D>(0), one = Number<D>(1), least = Number<D>(Precision<T>::kLeast);

@@ -27,10 +27,10 @@
 // down generously. Gaps need no care: rounding is monotone, so a computed gap is never longer than the computed d_a.
 //
 // Nor are errors relative where numbers underflow. XLA's threads flush: they read and write 0 for all below the least
-// normal number m. Three products and two sums of each u_i lose at most 5m, so ‖u‖ at most e = 5m √(Σ sigma_i), and e² <=
-// 75 m² · most = 300 m, as the largest number is 4/m. (What a subnormal entry of R or sigma adds is lost too: see
-// bounds.h.) Products and sums of the three terms lose at most another 8m; where sigma_i u_i is lost, |u_i| < 1. Hence, for
-// any t > 0 and a computed distance x, as squares of sums go,
+// normal number m. Three products and two sums of each u_i lose at most 5m, so ‖u‖ at most e = 5m √(Σ sigma_i), and e²
+// <= 75 m² · most = 300 m, as the largest number is 4/m. (What a subnormal entry of R or sigma adds is lost too: see
+// bounds.h.) Products and sums of the three terms lose at most another 8m; where sigma_i u_i is lost, |u_i| < 1. Hence,
+// for any t > 0 and a computed distance x, as squares of sums go,
 //
 //   bound <= (√(x + 8m) + e)² <= (1 + t) (x + 8m) + (1 + 1/t) e²
 //
