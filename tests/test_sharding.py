@@ -241,6 +241,27 @@ def test_jit_forward_mode_and_third_order(grid, rng):
     helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(derivatives)(*x, *v), 1e-9)
 
 
+def test_third_order_outside_jit(cpu_devices, rng):
+    """On Explicit axes: the reference's gathers are typed, and transposed one operation after the other."""
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,), devices=cpu_devices)
+    q, p, f, sigma = helpers.cloud(rng, "iso", Q, P, F)
+    cloud, idxs = (p, f, sigma), rng.integers(-1, P, (Q, K))
+    w, m = jnp.asarray(rng.random((4, 6))), jnp.asarray(np.sort(rng.random((4, 6))))
+    squared = lambda fn: lambda x: jnp.sum(jax.grad(fn)(x) ** 2)  # noqa: E731
+
+    def third(q, cloud, idxs, w, m):
+        aggregate = lambda q: jnp.sum(jka.knn_aggregate_precomputed(q, *cloud, idxs).f_out)  # noqa: E731
+        distortion = lambda w: jnp.sum(jka.distortion_loss(w, m, 0.1, reduction="none") ** 3)  # noqa: E731
+        return [jax.grad(squared(squared(fn)))(a) for fn, a in ((aggregate, q), (distortion, w))]
+
+    args = (q, cloud, idxs, w, m)
+    want = third(*args)
+    split, whole = NamedSharding(mesh, S("a")), NamedSharding(mesh, S())
+    for given in (args, jax.device_put(args, (split, whole, split, split, split))):
+        with jax.set_mesh(mesh):
+            helpers.assert_trees_close(third(*given), want, 1e-9)
+
+
 def test_jit_every_entry_point(cpu_implementation, grid, rng):
     x = problem(rng)
     options = {"implementation": cpu_implementation}
