@@ -18,7 +18,7 @@ import numpy as np
 
 from . import _ffi
 from ._batch import Shape, fit, size
-from ._family import Family
+from ._family import Family, Structs
 from ._ffi import bits, present
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 
@@ -52,6 +52,11 @@ def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, .
     # Widened before it is gathered, so that the transpose, a scatter, sums in the wider type too.
     f_out = jnp.einsum("qk,qkf->qf", w, take(f.astype(w.dtype)), precision="highest").astype(f.dtype)
     return f_out, w, jnp.where(exists, dists, jnp.full((), jnp.inf, q.dtype))
+
+
+def _outputs(x: Structs, aux: Structs) -> list[Struct]:
+    (q, _, f, *_), (idxs,) = x, aux
+    return [Struct((q.shape[0], f.shape[1]), f.dtype), Struct(idxs.shape, q.dtype), Struct(idxs.shape, q.dtype)]
 
 
 # Kernels. Operands in order: x, idxs, then cotangents and tangents that are not zero, then the inverse of idxs where a
@@ -192,6 +197,7 @@ def _make(metric: Metric) -> Family:
     return Family(
         metric.name,
         reference=functools.partial(_reference, metric),
+        outputs=_outputs,
         x_ndims=(2, 2, 2, *metric.parameter_ndims),
         aux_ndims=(2,),
         y_ndims=(2, 2, 2),

@@ -318,6 +318,7 @@ def _call(
 _DENSE = Family(
     "distortion",
     reference=_dense_reference,
+    outputs=lambda x, aux: [Struct((), x[0].dtype)],
     x_ndims=(1, 1, 1),
     aux_ndims=(),
     y_ndims=(0,),
@@ -326,6 +327,7 @@ _DENSE = Family(
 _FLAT = Family(
     "flat_distortion",
     reference=_flat_reference,
+    outputs=lambda x, aux: [Struct((aux[0].shape[0] - 1,), x[0].dtype)],
     x_ndims=(1, 1, 1),
     aux_ndims=(1,),
     y_ndims=(1,),
