@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _ffi
-from ._batch import Shape, fit, size
+from ._batch import Shape, fit, known, size
 from ._family import Family, Structs
 from ._ffi import bits, present
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
@@ -174,7 +174,7 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
     depth = len(summed)
     kept = tuple(1 if s else n for n, s in zip(idxs.shape, summed, strict=False))
     pairs = size(idxs.shape[depth:]) * size(tuple(n for n, s in zip(idxs.shape, summed, strict=False) if s))
-    if pairs >= 2**31 or size(kept) * (P + 1) >= 2**31:
+    if known(pairs, 0) >= 2**31 or known(size(kept), 0) * (P + 1) >= 2**31:  # symbolic ones the kernel checks
         return None
     results = [Struct((*kept, pairs), jnp.int32), Struct((*kept, P + 1), jnp.int32)]
     if platform == "cuda":
