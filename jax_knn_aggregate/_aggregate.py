@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _ffi
-from ._batch import Shape, fit, size
-from ._family import Family
+from ._batch import Shape, fit, known, size
+from ._family import Family, Structs
 from ._ffi import bits, present
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 
@@ -56,6 +56,11 @@ def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, .
     w = or_zero(jnp.exp(-metric.exponent(dists, *parameters)))
     f_out = jnp.einsum("qk,qkf->qf", w, f_k, precision="highest").astype(f.dtype)
     return f_out, w, jnp.where(exists, dists, jnp.full((), jnp.inf, q.dtype))
+
+
+def _outputs(x: Structs, aux: Structs) -> list[Struct]:
+    (q, _, f, *_), (idxs,) = x, aux
+    return [Struct((q.shape[0], f.shape[1]), f.dtype), Struct(idxs.shape, q.dtype), Struct(idxs.shape, q.dtype)]
 
 
 # Kernels. Operands in order: x, idxs, then cotangents and tangents that are not zero, then the inverse of idxs where a
@@ -173,7 +178,7 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
     depth = len(summed)
     kept = tuple(1 if s else n for n, s in zip(idxs.shape, summed, strict=False))
     pairs = size(idxs.shape[depth:]) * size(tuple(n for n, s in zip(idxs.shape, summed, strict=False) if s))
-    if pairs >= 2**31 or size(kept) * (P + 1) >= 2**31:
+    if known(pairs, 0) >= 2**31 or known(size(kept), 0) * (P + 1) >= 2**31:  # symbolic ones the kernel checks
         return None
     results = [Struct((*kept, pairs), jnp.int32), Struct((*kept, P + 1), jnp.int32)]
     if platform == "cuda":
@@ -196,6 +201,7 @@ def _make(metric: Metric) -> Family:
     return Family(
         metric.name,
         reference=functools.partial(_reference, metric),
+        outputs=_outputs,
         x_ndims=(2, 2, 2, *metric.parameter_ndims),
         aux_ndims=(2,),
         y_ndims=(2, 2, 2),

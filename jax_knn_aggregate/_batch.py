@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.export import is_symbolic_dim
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 #: Kernels take up to this many merged axes (kMaxBatchAxes in csrc/common/batch.h).
 MAX_BATCH_AXES = 6
@@ -23,7 +24,7 @@ MAX_BATCH_AXES = 6
 
 def batch_shape(operands: Sequence[Any], core_ndims: Sequence[int]) -> Shape:
     """The full size of every batch axis: the one size that is not 1."""
-    return np.broadcast_shapes(*(a.shape[: len(a.shape) - n] for a, n in zip(operands, core_ndims, strict=True)))
+    return jnp.broadcast_shapes(*(a.shape[: len(a.shape) - n] for a, n in zip(operands, core_ndims, strict=True)))
 
 
 def over_batch(fn: Callable[..., Any], operands: Sequence[jax.Array], core_ndims: Sequence[int]) -> Any:
@@ -52,7 +53,7 @@ def merged(batches: Sequence[Shape]) -> tuple[list[Shape], Shape]:
     Takes the batch shapes of all operands and results, returns the shorter ones in the same order, and their common
     full shape. Kernels then see two or three axes however deeply vmaps are nested.
     """
-    full = np.broadcast_shapes(*batches)
+    full = jnp.broadcast_shapes(*batches)
     groups: list[tuple[tuple[bool, ...], int]] = []
     for axis, size in enumerate(full):
         if size == 1:
@@ -94,3 +95,11 @@ def over_merged_batch(
 
 def size(shape: Shape) -> int:
     return math.prod(shape)
+
+
+def known(n: int, otherwise: T) -> int | T:
+    """The size n, or ``otherwise`` where it is symbolic: ``jax.export`` then leaves it to each call of the artifact.
+
+    For what must be decided before. Equality needs no such care: symbolic sizes are equal where they always are.
+    """
+    return otherwise if is_symbolic_dim(n) else n

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from . import _index
 from ._index import KnnIndex
@@ -116,6 +117,8 @@ def static_integer(name: str, value: Any) -> int:
 def neighbours(K: Any, limit: int, of: str) -> int:
     """Checks K, a static integer from 1 to ``limit``."""
     K = static_integer("K", K)
+    if is_symbolic_dim(limit):
+        raise ValueError(f"K is {K}, expected K <= {limit}, {of}, which is symbolic. Export with a fixed one.")
     if not 1 <= K <= limit:
         raise ValueError(f"K is {K}, expected 1 <= K <= {limit}, {of}.")
     return K
@@ -201,6 +204,11 @@ def index(value: Any, metric: Metric, p: jax.Array, batch: tuple[int, ...]) -> K
 
 def points(P: int) -> None:
     """Checks the number of points, those of all devices together."""
+    if is_symbolic_dim(P):
+        raise ValueError(
+            f"p has P = {P} points, which is symbolic, expected a fixed number: the size and layout of an index, and "
+            "whether K <= P, depend on it. Export with a fixed P, pad clouds to it, and pass p_lengths."
+        )
     if P == 0:
         raise ValueError("p has no points, expected at least one. For an empty cloud, give one point and p_lengths 0.")
     if P >= 2**31:

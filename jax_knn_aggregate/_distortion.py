@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import checkify
+from jax.export import is_symbolic_dim
 
 from . import _checks, _ffi, _sharding
-from ._batch import Shape, fit, over_batch, over_merged_batch
+from ._batch import Shape, fit, known, over_batch, over_merged_batch
 from ._family import Family, Operands, Sparse
 from ._ffi import bits, present
 from ._primitive import bind, make_primitive
@@ -135,7 +136,11 @@ flatten_eff_distloss = flatten_distortion_loss
 
 
 def _arrays(w: Any, m: Any, interval: Any, *, flat: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three float arguments in one dtype; a scalar interval with an axis of size 1 for each axis of w."""
+    """The three float arguments in one dtype; a scalar interval with an axis of size 1 for each axis of w.
+
+    Where N is symbolic, a scalar interval comes back with N samples: kernels tell a shared interval by its size, and N
+    may turn out to be 1.
+    """
     w, m = _floats("w", w), _floats("m", m)
     interval = _floats("interval", jnp.asarray(interval, w.dtype) if _is_weak(interval) else interval)
     for name, a in (("m", m), ("interval", interval)):
@@ -151,9 +156,13 @@ def _arrays(w: Any, m: Any, interval: Any, *, flat: bool) -> tuple[jax.Array, ja
         raise ValueError(f"m has shape {m.shape}, expected {w.shape} like w.")
     if interval.shape not in ((), w.shape):
         raise ValueError(f"interval has shape {interval.shape}, expected a scalar or {w.shape} like w.")
-    if w.shape[-1] >= 2**31:
+    if known(w.shape[-1], 0) >= 2**31:
         raise ValueError(f"w has N = {w.shape[-1]} samples, expected fewer than 2**31. Split it.")
-    return w, m, interval.reshape((1,) * w.ndim) if interval.ndim == 0 else interval
+    if interval.ndim == 0:
+        interval = interval.reshape((1,) * w.ndim)
+        if is_symbolic_dim(w.shape[-1]):
+            interval = jnp.broadcast_to(interval, (*interval.shape[:-1], w.shape[-1]))
+    return w, m, interval
 
 
 def _floats(name: str, a: Any) -> jax.Array:
@@ -207,7 +216,8 @@ def _reduced(losses: jax.Array, reduction: str) -> jax.Array:
         raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(map(repr, get_args(Reduction)))}.")
     if reduction == "none":
         return losses
-    return losses.sum() / max(1, losses.size) if reduction == "mean" else losses.sum()
+    # max of a symbolic size takes them in this order alone.
+    return losses.sum() / max(losses.size, 1) if reduction == "mean" else losses.sum()
 
 
 # The reference.
@@ -252,13 +262,18 @@ def _flat_reference(x: Operands, aux: Operands) -> tuple[jax.Array, ...]:
 
 def _sums_before(x: jax.Array, begin: jax.Array) -> jax.Array:
     """Σ of x[j] over begin[i] <= j < i, for each i, by doubling: no ray's sums meet those of another."""
-    index = jnp.arange(x.shape[0], dtype=jnp.int32)
+    N = x.shape[0]
+    index = jnp.arange(N, dtype=jnp.int32)
 
-    def back(a: jax.Array, step: int) -> jax.Array:
-        return jnp.where(index - step >= begin, jnp.pad(a, (step, 0))[: a.shape[0]], jnp.zeros_like(a))
+    def back(a: jax.Array, step: Any) -> jax.Array:
+        reached = index - step >= begin
+        moved = jnp.roll(a, step) if is_symbolic_dim(N) else jnp.pad(a, (step, 0))[:N]
+        return jnp.where(reached, moved, jnp.zeros_like(a))
 
     sums, step = back(x, 1), 1
-    while step < x.shape[0]:
+    if is_symbolic_dim(N):  # as often as the largest N needs
+        return lax.fori_loop(0, 31, lambda i, sums: sums + back(sums, jnp.int32(1) << i.astype(jnp.int32)), sums)
+    while step < N:
         sums, step = sums + back(sums, step), 2 * step
     return sums
 
@@ -319,6 +334,7 @@ def _call(
 _DENSE = Family(
     "distortion",
     reference=_dense_reference,
+    outputs=lambda x, aux: [Struct((), x[0].dtype)],
     x_ndims=(1, 1, 1),
     aux_ndims=(),
     y_ndims=(0,),
@@ -327,6 +343,7 @@ _DENSE = Family(
 _FLAT = Family(
     "flat_distortion",
     reference=_flat_reference,
+    outputs=lambda x, aux: [Struct((aux[0].shape[0] - 1,), x[0].dtype)],
     x_ndims=(1, 1, 1),
     aux_ndims=(1,),
     y_ndims=(1,),
@@ -345,6 +362,9 @@ def _offsets_reference(ids: jax.Array, *, n_rays: int) -> list[jax.Array]:
     rays = jnp.arange(n_rays + 1, dtype=jnp.int32)
 
     def one(ids: jax.Array) -> jax.Array:
+        if is_symbolic_dim(ids.shape[0]):  # which searchsorted does not take
+            counts = jnp.zeros(n_rays + 2, jnp.int32).at[jnp.clip(ids, -1, n_rays) + 1].add(1)
+            return jnp.cumsum(counts, dtype=jnp.int32)[:-1]
         return jnp.searchsorted(ids, rays, method="scan_unrolled").astype(jnp.int32)
 
     return [over_batch(one, [ids], [1])]

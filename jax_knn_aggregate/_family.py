@@ -42,6 +42,7 @@ Mask = tuple[bool, ...]
 #: For each wanted result and each batch axis: whether the result keeps the axis (True) or sums over it (False).
 Keep = tuple[Mask, ...]
 Operands = tuple[jax.Array, ...]
+Structs = tuple[jax.ShapeDtypeStruct, ...]
 #: As many entries as the family has operands (or results), None where the mask is False.
 Sparse = tuple[jax.Array | None, ...]
 
@@ -74,6 +75,7 @@ class Family:
     Args:
       name: prefix of the primitives' names.
       reference: ``reference(x, aux) -> y`` for core axes alone, in pure JAX, differentiable to any order.
+      outputs: ``outputs(x, aux)``, shapes and dtypes of y for core axes alone: what tracing the reference finds.
       x_ndims, aux_ndims: number of core axes of each operand; all axes before them are batch axes (see ``_batch.py``).
       y_ndims: number of core axes of each result. Results have every batch axis in full.
       items: positions in x, aux and y of those whose first core axis counts independent items (queries), all the same:
@@ -92,6 +94,7 @@ class Family:
         name: str,
         *,
         reference: Callable[[Operands, Operands], tuple[jax.Array, ...]],
+        outputs: Callable[[Structs, Structs], Sequence[jax.ShapeDtypeStruct]],
         x_ndims: Sequence[int],
         aux_ndims: Sequence[int],
         y_ndims: Sequence[int],
@@ -99,6 +102,7 @@ class Family:
         kernels: Mapping[str, Callable[..., list[jax.Array] | None]],
     ):
         self.reference = reference
+        self.outputs = outputs
         self.x_ndims, self.aux_ndims, self.y_ndims = tuple(x_ndims), tuple(aux_ndims), tuple(y_ndims)
         self._x_cores, self._aux_cores, self._y_cores = (
             tuple(("q" + "." * (n - 1)) if i in of else "." * n for i, n in enumerate(ndims))
@@ -248,7 +252,7 @@ class Family:
             jax.ShapeDtypeStruct(a.shape[len(a.shape) - n :], a.dtype)
             for a, n in zip((*x, *aux), (*self.x_ndims, *self.aux_ndims), strict=True)
         ]
-        return jax.eval_shape(lambda *o: list(self.reference(o[: len(x)], o[len(x) :])), *core)
+        return list(self.outputs(tuple(core[: len(x)]), tuple(core[len(x) :])))
 
     def _outputs(self, *avals: Any, **p: Any) -> list[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the results of the primitive that has these masks."""

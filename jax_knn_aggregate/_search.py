@@ -7,6 +7,7 @@ It returns indices alone and has no derivative: distances are recomputed from th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,14 @@ import numpy as np
 from jax import lax
 
 from . import _ffi, _index
-from ._batch import Shape, batch_shape, over_batch, over_merged_batch, size
+from ._batch import Shape, batch_shape, known, over_batch, over_merged_batch, size
 from ._metric import ANISOTROPIC, ISOTROPIC, Metric
 from ._primitive import bind, make_primitive, piecewise_constant
 
 # The reference computes at most this many distances at a time (64 MiB in float32).
 _CHUNK = 1 << 24
+# And this many queries, where jax.export does not say how many there are.
+_SYMBOLIC_CHUNK = 256
 _CUDA_MAX_K, _CUDA_FILTER_MAX_K = 256, 64
 
 
@@ -91,7 +94,7 @@ def _call(
         after_cloud = 3 + len(metric.search_ndims)
         cloud = operands[1:after_cloud]
         clouds = size(batch_shape(cloud, _core_ndims(metric, False, False)[1:]))
-        if not indexed and _cuda_index_pays(size(full) * Q, P, K, dtype):
+        if not indexed and _cuda_index_pays(known(size(full) * Q, math.inf), P, K, dtype):
             # XLA merges equal calls: searches of one cloud share one index.
             arrays = _index.emit(metric, platform, *cloud)
             assert arrays is not None
@@ -105,7 +108,7 @@ def _call(
     return _ffi.call(f"{metric.name}_search", results)(*operands, **attributes)[:1]
 
 
-def _cuda_index_pays(queries: int, P: int, K: int, dtype: Any) -> bool:
+def _cuda_index_pays(queries: float, P: int, K: int, dtype: Any) -> bool:
     """Whether building an index and searching through it beats comparing all pairs, as measured on an H200.
 
     Where tensor cores compare all pairs, a query through the index takes as long as 8,000 points do, and 25,000 with
@@ -124,8 +127,9 @@ def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm
     ndims = _core_ndims(metric, False, False)
     operands = operands[: len(ndims)]  # neither an index nor guesses change the result
     Q, P = operands[0].shape[-2], operands[1].shape[-2]
-    scenes = max(1, size(batch_shape(operands, ndims)))
-    chunk = max(1, min(Q, _CHUNK // max(1, P * scenes)))
+    scenes = max(1, known(size(batch_shape(operands, ndims)), 1))
+    chunk = max(1, min(known(Q, _SYMBOLIC_CHUNK), _CHUNK // max(1, P * scenes)))
+    filled = known(Q, -(-Q // chunk) * chunk)  # lax.map takes an unknown number of queries in whole chunks alone
 
     def one(q: jax.Array, p: jax.Array, *rest: jax.Array) -> jax.Array:
         *parameters, length = rest
@@ -138,7 +142,9 @@ def _reference(metric: Metric, *operands: jax.Array, K: int, indexed: bool, warm
             dists = metric.distance(x[None, :] - p[idxs], *(a[idxs] for a in parameters))
             return ordered(dists, jnp.where(exists[idxs], idxs, jnp.int32(-1)))
 
-        return lax.map(nearest, q, batch_size=chunk)
+        if filled != Q:
+            q = jnp.pad(q, [(0, filled - Q), (0, 0)])
+        return lax.map(nearest, q, batch_size=chunk)[:Q]
 
     # Batch axes that an index or guesses alone have in full.
     return [jnp.broadcast_to(over_batch(one, operands, ndims), out.shape)]

@@ -41,7 +41,7 @@ class Axes(NamedTuple):
 def axes(operands: Sequence[Any], results: Sequence[Any], cores: tuple[Sequence[str], Sequence[str]]) -> Axes:
     """Labels for arrays (or avals) whose core axes are ``cores``, one character each; batch axes are those before."""
     depth = operands[0].ndim - len(cores[0][0])
-    full = np.broadcast_shapes(*(a.shape[:depth] for a in operands))
+    full = jnp.broadcast_shapes(*(a.shape[:depth] for a in operands))
 
     def labels(a: Any, core: str) -> Labels:
         batch = (f"b{i}" if a.shape[i] == full[i] != 1 else None for i in range(depth))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_knn_aggregate as jka
+from jax_knn_aggregate import _aggregate, _distortion
 
 Q, P, F, K = 13, 17, 7, 5
 ARGUMENTS = helpers.ARGUMENTS
@@ -126,3 +127,24 @@ def test_entry_points_call_kernels(kernels, rng):
         lambda q, p, f, sigma, R: jka.knn_aggregate_precomputed(q, p, f, sigma[:, :1], idxs): {"iso_value": 1},
     }.items():
         assert calls(fn, x) == want
+
+
+def structs(dtype, *shapes):
+    return tuple(jax.ShapeDtypeStruct(s, dtype) for s in shapes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=str)
+def test_stated_outputs_are_those_of_the_reference(dtype):
+    """Families state the shapes of their results, so that lowering need not trace the reference for them."""
+    rest = {"aniso": ((P, 3), (P, 3, 3)), "iso": ((P, 1),)}
+    families = [
+        (family, (*structs(dtype, (Q, 3), (P, 3)), *structs(of_f, (P, F)), *structs(dtype, *rest[metric.name])), (Q, K))
+        for metric, family in _aggregate._FAMILIES.items()
+        for of_f in (dtype, jnp.bfloat16)
+    ]
+    families += [(_distortion._DENSE, structs(dtype, (Q,), (Q,), width), None) for width in ((Q,), (1,))]
+    families += [(_distortion._FLAT, structs(dtype, (Q,), (Q,), width), (P + 1,)) for width in ((Q,), (1,))]
+    for family, x, of_aux in families:
+        aux = () if of_aux is None else structs(jnp.int32, of_aux)
+        traced = jax.eval_shape(family.reference, x, aux)
+        assert [(s.shape, s.dtype) for s in family.outputs(x, aux)] == [(s.shape, s.dtype) for s in traced]

@@ -11,6 +11,8 @@
 namespace knn {
 namespace {
 
+constexpr int64_t kTooMany = int64_t{1} << 31;  // for numbers in int32
+
 Invert Read(Reader& in) {
   Invert v = {};
   v.batch = in.batch();
@@ -25,6 +27,10 @@ Invert Read(Reader& in) {
   v.order = in.Ret<int32_t>(v.kept, {v.pairs});
   v.P = in.RetSize(1, 0) - 1;
   v.offsets = in.Ret<int32_t>(v.kept, {v.P + 1});
+  // Python chooses the reference then, but cannot where jax.export left sizes open.
+  if (v.pairs >= kTooMany || KNN_ISA::Count(v.kept) * (v.P + 1) >= kTooMany) {
+    in.Fail("the grouping of pairs by point needs B*Q*K < 2^31 and B*(P+1) < 2^31");
+  }
   return v;
 }
 
