@@ -63,6 +63,9 @@ nb::dict Constants() {
 NB_MODULE(_ext, m) {
   m.def("registrations", &Registrations, "FFI handlers as capsules, by platform and target name.");
   m.def("constants", &Constants, "Numbers that stand in Python as well, by module and name there.");
+  m.def(
+      "filter_error", [] { return nb::make_tuple(knn::kFilterError, knn::kFilterUnderflow); },
+      "The error bound of csrc/search/cuda_filter.cu, for its test.");
   m.def("build_info", &BuildInfo, "How this module was built.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },

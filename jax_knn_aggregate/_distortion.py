@@ -9,6 +9,7 @@ compute stands in ``csrc/distortion/formulas.h``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -136,11 +137,7 @@ flatten_eff_distloss = flatten_distortion_loss
 
 
 def _arrays(w: Any, m: Any, interval: Any, *, flat: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three float arguments in one dtype; a scalar interval with an axis of size 1 for each axis of w.
-
-    Where N is symbolic, a scalar interval comes back with N samples: kernels tell a shared interval by its size, and N
-    may turn out to be 1.
-    """
+    """The three float arguments in one dtype; a scalar interval with an axis of size 1 for each axis of w."""
     w, m = _floats("w", w), _floats("m", m)
     interval = _floats("interval", jnp.asarray(interval, w.dtype) if _is_weak(interval) else interval)
     for name, a in (("m", m), ("interval", interval)):
@@ -158,11 +155,7 @@ def _arrays(w: Any, m: Any, interval: Any, *, flat: bool) -> tuple[jax.Array, ja
         raise ValueError(f"interval has shape {interval.shape}, expected a scalar or {w.shape} like w.")
     if known(w.shape[-1], 0) >= 2**31:
         raise ValueError(f"w has N = {w.shape[-1]} samples, expected fewer than 2**31. Split it.")
-    if interval.ndim == 0:
-        interval = interval.reshape((1,) * w.ndim)
-        if is_symbolic_dim(w.shape[-1]):
-            interval = jnp.broadcast_to(interval, (*interval.shape[:-1], w.shape[-1]))
-    return w, m, interval
+    return w, m, interval.reshape((1,) * w.ndim) if interval.ndim == 0 else interval
 
 
 def _floats(name: str, a: Any) -> jax.Array:
@@ -279,27 +272,33 @@ def _sums_before(x: jax.Array, begin: jax.Array) -> jax.Array:
 
 
 # Kernels. One target serves the value and all derivatives of a family: bit masks in its attributes say which tangents
-# are there and which results are wanted, gradients in x and then the loss.
+# are there (those of w, m, interval and the loss' cotangent) and which results are wanted, gradients in x and then the
+# loss.
 
 
 def _roles(target: str) -> dict[str, Callable[..., list[jax.Array] | None]]:
-    none = (None, None, None)
+    none, call = (None, None, None), functools.partial(_call, target)
 
     def value(platform: str, batch: Shape, x: Operands, aux: Operands, results: Results) -> Any:
-        return _call(target, platform, batch, x, aux, none, (), (*none, *results))
+        return call(platform, batch, x, aux, (*none, *results))
 
     def jvp(platform: str, batch: Shape, x: Operands, aux: Operands, dx: Sparse, results: Results) -> Any:
-        return _call(target, platform, batch, x, aux, dx, (), (*none, *results))
+        return call(platform, batch, x, aux, (*none, *results), v=dx)
 
     def vjp(platform: str, batch: Shape, x: Operands, aux: Operands, ct: Sparse, results: Results) -> Any:
-        return _call(target, platform, batch, x, aux, none, ct, (*results, None))
+        return call(platform, batch, x, aux, (*results, None), ct=ct)
 
     def vjp_vjp(
         platform: str, batch: Shape, x: Operands, aux: Operands, ct: Sparse, v: Sparse, results: Results
     ) -> Any:
-        return _call(target, platform, batch, x, aux, v, ct if present(results[:3]) else (), results)
+        return call(platform, batch, x, aux, results, v=v, ct=ct if present(results[:3]) else (None,))
 
-    return {"value": value, "jvp": jvp, "vjp": vjp, "vjp_vjp": vjp_vjp}
+    def vjp_jvp(
+        platform: str, batch: Shape, x: Operands, aux: Operands, ct: Sparse, dx: Sparse, dct: Sparse, results: Results
+    ) -> Any:
+        return call(platform, batch, x, aux, (*results, None), v=dx, ct=ct, v_ct=dct)
+
+    return {"value": value, "jvp": jvp, "vjp": vjp, "vjp_vjp": vjp_vjp, "vjp_jvp": vjp_jvp}
 
 
 def _call(
@@ -308,21 +307,23 @@ def _call(
     batch: Shape,
     x: Operands,
     aux: Operands,
-    v: Sparse,
-    ct: Sparse,
     results: Results,
+    *,
+    v: Sparse = (None, None, None),
+    ct: Sparse = (None,),
+    v_ct: Sparse = (None,),
 ) -> list[jax.Array] | None:
     """Calls a kernel, which gives results with all batch axes in full, and an interval shared by rays one for each."""
     if not _ffi.available(target, platform):
         return None
-    rays = tuple(a.shape[-1] - 1 for a in aux)
-    given = []
-    for i, s in enumerate(results):
-        if s is not None:
-            shared = i == 2 and s.shape[-1] != x[0].shape[-1]
-            given.append(Struct(batch + (rays if shared else s.shape[len(batch) :]), s.dtype))
-    call = _ffi.call(target, given)
-    got = call(*x, *aux, *present(v, ct), along=bits(v), want=bits(results))
+    rays, shared = tuple(a.shape[-1] - 1 for a in aux), x[2].shape[-1] != x[0].shape[-1]
+    given = [
+        Struct(batch + (rays if shared and i == 2 else s.shape[len(batch) :]), s.dtype)
+        for i, s in enumerate(results)
+        if s is not None
+    ]
+    attributes = {"along": bits((*v, *v_ct)), "want": bits(results), "shared_interval": np.int32(shared)}
+    got = _ffi.call(target, given)(*x, *aux, *present(v, ct, v_ct), **attributes)
     out = []
     for a, s in zip(got, present(results), strict=True):
         if a.shape[len(batch) :] != s.shape[len(batch) :]:

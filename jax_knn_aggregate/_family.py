@@ -12,11 +12,11 @@ the reference at x:
     vjp_vjp  (x, aux, ct, v)    -> the gradient of ⟨ct, J(x) v⟩ = ⟨v, Jᵀ ct⟩ in x and in ct
                                                                          the transpose of jvp_jvp and vjp_jvp
 
-value, jvp, vjp and vjp_vjp may have kernels, and vjp_jvp then has them too: the Hessian of ⟨ct, y⟩ is symmetric, so
-that Jᵀ ct changes along dx by the gradient of ⟨ct, J(x) dx⟩, which vjp_vjp computes. That is first and second order in
-every mix of modes but forward over forward. Whatever has no kernel (that, orders beyond the second, platforms without)
-runs the reference, so that no term is ever missing. An Eikonal step, d/d(all) of a loss on ∇_q, executes value, vjp,
-vjp_vjp, vjp; with ∇_q taken forward, jvp instead of the first vjp.
+All but jvp_jvp may have kernels. Where vjp_jvp has none of its own, those of vjp_vjp and vjp serve: the Hessian of
+⟨ct, y⟩ is symmetric, so that Jᵀ ct changes along dx by the gradient of ⟨ct, J(x) dx⟩, which vjp_vjp computes. That is
+first and second order in every mix of modes but forward over forward. Whatever has no kernel (that, orders beyond the
+second, platforms without) runs the reference, so that no term is ever missing. An Eikonal step, d/d(all) of a loss on
+∇_q, executes value, vjp, vjp_vjp, vjp; with ∇_q taken forward, jvp instead of the first vjp.
 
 Static masks over x and y say which operands carry a tangent (or a cotangent) and which results are wanted. Symbolic
 zeros are dropped by these masks, never instantiated: a kernel computes what is asked for and nothing else.
@@ -80,13 +80,13 @@ class Family:
       y_ndims: number of core axes of each result. Results have every batch axis in full.
       items: positions in x, aux and y of those whose first core axis counts independent items (queries), all the same:
         devices may each have some of the items (see ``_sharding.py``). All other core axes every device needs whole.
-      kernels: FFI paths by role ("value", "jvp", "vjp", "vjp_vjp"), see below; any may be missing.
+      kernels: FFI paths by role ("value", "jvp", "vjp", "vjp_vjp", "vjp_jvp"), see below; any may be missing.
 
     A kernel is ``kernel(platform, batch, x, aux, ..., results) -> list of arrays, or None`` where it cannot serve.
     ``batch`` is the full size of the batch axes, which come merged; a result of size 1 along one is summed over it.
-    Between aux and results stand, for "jvp": dx; for "vjp": ct; for "vjp_vjp": ct, v; each with None where it is zero.
-    ``results`` holds the wanted results' shapes and dtypes, with None for what is not wanted: y for "value" and "jvp",
-    x_bar for "vjp", x_bar + ct_bar for "vjp_vjp".
+    Between aux and results stand, for "jvp": dx; for "vjp": ct; for "vjp_vjp": ct, v; for "vjp_jvp": ct, dx, dct; each
+    with None where it is zero. ``results`` holds the wanted results' shapes and dtypes, with None for what is not
+    wanted: y for "value" and "jvp", x_bar for "vjp" and "vjp_jvp", x_bar + ct_bar for "vjp_vjp".
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Family:
         )
         self._kernels = kernels
         if {"vjp", "vjp_vjp"} <= kernels.keys():
-            self._kernels = {**kernels, "vjp_jvp": self._vjp_jvp_kernel}
+            self._kernels = {"vjp_jvp": self._vjp_jvp_of_two, **kernels}
         make = functools.partial(self._make, name)
         self.value = make("value", self._value)
         self.jvp = make("jvp", self._jvp)
@@ -422,7 +422,7 @@ class Family:
             add_batch_axis=lambda p: {**p, "keep": tuple((True, *ks) for ks in p["keep"])} if "keep" in p else p,
         )
 
-    def _vjp_jvp_kernel(
+    def _vjp_jvp_of_two(
         self,
         platform: str,
         batch: Shape,

@@ -94,6 +94,11 @@ def present(*groups: Iterable[Any]) -> list[Any]:
     return [a for group in groups for a in group if a is not None]
 
 
+def filter_error() -> tuple[float, float]:
+    """The error bound of the search by tensor cores: relative, and absolute. For its test."""
+    return _extension().filter_error()
+
+
 def build_info() -> dict[str, Any]:
     """How the extension was built, for ``jax-knn-aggregate doctor``."""
     return dict(_extension().build_info())

@@ -150,8 +150,8 @@ def extended(sharding: NamedSharding) -> NamedSharding:
 def left_to_partitioner(fn: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
     """``fn``, of operations whose shardings cannot be typed (gathers), with results as typed by ``shardings``.
 
-    Derivatives are to be right outside jit as well. There, JAX transposes operation by operation under the mesh of each,
-    and does not take what comes from another: so all is one operation, and its operands are of the mesh, too.
+    Derivatives are to be right outside jit as well. There, JAX transposes one operation after the other under the mesh
+    of each, and does not take what comes from another: so all is one operation, and its operands are of the mesh, too.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     if not mesh.explicit_axes:

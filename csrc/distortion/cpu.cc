@@ -163,18 +163,32 @@ struct Rays {
     T* m_bar = args.m_bar == nullptr ? nullptr : args.m_bar + at;
     T* interval_bar = args.interval_bar == nullptr || args.shared_interval ? nullptr : args.interval_bar + at;
 
+    const auto of_ray = [&](const Operand<const T>& a) {
+      return V::Broadcast(a.data == nullptr ? 0 : 2 * At(a, batch, b)[r]);
+    };
+    const V ct = of_ray(args.ct), v_ct = of_ray(args.v_ct);
+    // What both sweeps add to a gradient; their sum times `factor` is the result. A cotangent that moves differs for
+    // values and tangents, and so must come first.
+    const bool moves = kTangents && args.v_ct.data != nullptr;
+    const V factor = moves ? V::Broadcast(1) : ct;
+    const auto part = [&](N bar) {
+      if constexpr (kTangents) {
+        if (moves) return ct * bar.tangent + v_ct * bar.value;
+      }
+      return Result(bar);
+    };
+
     if (w_bar != nullptr || m_bar != nullptr) {
       Sweep<false, T, N> sweep;
       for (int64_t i = (CeilDiv(length, kLanes) - 1) * kLanes; i >= 0; i -= kLanes) {
         const int64_t n = Min(kLanes, length - i);
         const N w_i = Read(w, v_w, i, n);
         const Side<N> right = sweep.Next(w_i, Read(m, v_m, i, n));
-        if (w_bar != nullptr) Store(Result(HalfWeightBarFromRight(right)), n, w_bar + i);
-        if (m_bar != nullptr) Store(Result(HalfPositionBarFromRight(w_i, right)), n, m_bar + i);
+        if (w_bar != nullptr) Store(part(HalfWeightBarFromRight(right)), n, w_bar + i);
+        if (m_bar != nullptr) Store(part(HalfPositionBarFromRight(w_i, right)), n, m_bar + i);
       }
     }
 
-    const V factor = V::Broadcast(args.ct.data == nullptr ? 0 : 2 * At(args.ct, batch, b)[r]);
     V loss = V::Broadcast(0), interval_sum = V::Broadcast(0);
     Sweep<true, T, N> sweep;
     for (int64_t i = 0; i < length; i += kLanes) {
@@ -184,13 +198,13 @@ struct Rays {
       const Side<N> left = sweep.Next(w_i, Read(m, v_m, i, n));
       loss = loss + Result(HalfLoss(w_i, interval_i, left));
       if (w_bar != nullptr) {
-        Store(factor * (Load(w_bar + i, n) + Result(HalfWeightBar(w_i, interval_i, left))), n, w_bar + i);
+        Store(factor * (Load(w_bar + i, n) + part(HalfWeightBar(w_i, interval_i, left))), n, w_bar + i);
       }
       if (m_bar != nullptr) {
-        Store(factor * (Load(m_bar + i, n) + Result(HalfPositionBar(w_i, left))), n, m_bar + i);
+        Store(factor * (Load(m_bar + i, n) + part(HalfPositionBar(w_i, left))), n, m_bar + i);
       }
-      if (interval_bar != nullptr) Store(factor * Result(HalfIntervalBar(w_i)), n, interval_bar + i);
-      interval_sum = interval_sum + Result(HalfIntervalBar(w_i));
+      if (interval_bar != nullptr) Store(factor * part(HalfIntervalBar(w_i)), n, interval_bar + i);
+      interval_sum = interval_sum + part(HalfIntervalBar(w_i));
     }
     if (args.loss != nullptr) args.loss[b * args.R + r] = 2 * Sum(loss);
     if (args.interval_bar != nullptr && args.shared_interval) {

@@ -189,7 +189,8 @@ struct Entry {
 template <class T>
 struct Ray {
   int begin, end;
-  T ct;
+  T ct, v_ct;
+  bool ct_moves;
 };
 
 template <class T, bool kFlat, bool kTangents, Gradients kGradients, int kPackets>
@@ -383,7 +384,15 @@ struct Tiles {
 
       const N moment_outside = left.moment + right.moment;
       const auto mass_outside = left.mass + Negative(right.mass);
-      const T factor = 2 * ray.ct;
+      const T factor = 2 * ray.ct, v_factor = 2 * ray.v_ct;
+      const auto weighted = [&](const N& half_bar) {
+        if constexpr (kTangents) {
+          const T product = factor * half_bar.tangent;
+          return ray.ct_moves ? fma(v_factor, half_bar.value, product) : product;
+        } else {
+          return factor * half_bar;
+        }
+      };
       Packet<T>*const w_slot = slots, *const m_slot = slots + kWarp * kPackets,
                       *const interval_slot = slots + 2 * kWarp * kPackets;
 #pragma unroll
@@ -408,11 +417,11 @@ struct Tiles {
           both.moment = MultiplyAdd(Rounded(left.mass), m[e] - left.x, both.moment);
           if constexpr (kWeights) {
             both.moment = MultiplyAdd(Rounded(right.mass), Scale(-1, m[e]) - right.x, both.moment);
-            w_bar.x[k] = factor * Result(HalfWeightBar(w[e], interval[k], both));
+            w_bar.x[k] = weighted(HalfWeightBar(w[e], interval[k], both));
           }
           if constexpr (kAll) {
-            m_bar.x[k] = factor * Result(HalfPositionBar(w[e], both));
-            interval_bar.x[k] = factor * Result(HalfIntervalBar(w[e]));
+            m_bar.x[k] = weighted(HalfPositionBar(w[e], both));
+            interval_bar.x[k] = weighted(HalfIntervalBar(w[e]));
             interval_sum += interval_bar.x[k];
           }
           if constexpr (kTangents || !kWeights) {
@@ -491,7 +500,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kMinWarps<N> / kWarps)
     }
   }
 
-  const T* const ct = operand(args.ct);
+  const T *const ct = operand(args.ct), *const v_ct = kTangents ? operand(args.v_ct) : nullptr;
   const auto prefetch = [&](int i) {
     const int at = Shuffle(offset, i) + lane * (128 / static_cast<int>(sizeof(T)));
     if (at >= Shuffle(offset, i + 1)) return;
@@ -503,7 +512,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kMinWarps<N> / kWarps)
   for (int i = 0; i < rays; ++i) {
     if (kFlat && i + 1 < rays) prefetch(i + 1);
     const Ray<T> ray = {kFlat ? Shuffle(offset, i) : 0, kFlat ? Shuffle(offset, i + 1) : entry.samples,
-                        ct == nullptr ? T(0) : ct[first + i]};
+                        ct == nullptr ? T(0) : ct[first + i], v_ct == nullptr ? T(0) : v_ct[first + i],
+                        v_ct != nullptr};
     T loss = 0, interval_sum = 0;
     Tiles<T, kFlat, kTangents, kGradients, kPackets>::Compute(entry, ray, slots, loss, interval_sum);
     const int64_t at = b * args.R + first + i;

@@ -22,6 +22,7 @@ struct Distortion {
   bool shared_interval;
   Operand<const T> v_w, v_m, v_interval;  // tangents; null means zero
   Operand<const T> ct;                    // [R], cotangent of the loss; given where a gradient is wanted
+  Operand<const T> v_ct;                  // [R], its tangent; only beside others
 
   // In full batch. With tangents, the derivatives along them; without, either the loss or gradients.
   T* loss;           // [R]

@@ -1,7 +1,7 @@
 // Binds the kernels of the distortion loss to XLA; see jax_knn_aggregate/_distortion.py.
 //   operands  w (N,)  m (N,)  interval (N,) or (1,)  [offsets (R+1,) int32]
 //             then, where the bit mask `along` says so, tangents of w, m, interval
-//             and, where a gradient is wanted, the cotangent of the loss, () or (R,)
+//             and, where a gradient is wanted, the cotangent of the loss, () or (R,), and its tangent if `along` has it
 //   results   those of the bit mask `want`: gradients in w (N,), m (N,) and interval (N,), or () or (R,) where it is
 //             shared; then the loss, () or (R,). Given tangents, the derivatives of all these along them.
 
@@ -14,14 +14,20 @@
 namespace knn {
 namespace {
 
+// Samples have numbers in int32. Python checks that as well, but cannot where jax.export left sizes open.
+void CheckSamples(Reader& in, int64_t N) {
+  if (N >= int64_t{1} << 31) in.Fail("a ray, or the flat arrays of rays, need fewer than 2^31 samples");
+}
+
 template <class T>
-Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want) {
+Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want, bool shared_interval) {
   Distortion<T> a = {};
   a.batch = in.batch();
   a.N = in.Size(0, 0);
   a.R = flat ? in.Size(3, 0) - 1 : 1;
-  const int64_t width = in.Size(2, 0) == a.N ? a.N : 1;
-  a.shared_interval = width != a.N;
+  const int64_t width = shared_interval ? 1 : a.N;
+  a.shared_interval = shared_interval;
+  CheckSamples(in, a.N);
   a.w = in.Arg<T>({a.N});
   a.m = in.Arg<T>({a.N});
   a.interval = in.Arg<T>({width});
@@ -36,11 +42,13 @@ Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want) {
     return flat ? in.RetIf<T>(wanted, a.batch, {a.R}) : in.RetIf<T>(wanted, a.batch, {});
   };
   if ((want & 7) != 0) a.ct = read_rays();
+  if (Bit(along, 3)) a.v_ct = read_rays();
   a.w_bar = in.RetIf<T>(Bit(want, 0), a.batch, {a.N});
   a.m_bar = in.RetIf<T>(Bit(want, 1), a.batch, {a.N});
   a.interval_bar = a.shared_interval ? rays(Bit(want, 2)) : in.RetIf<T>(Bit(want, 2), a.batch, {a.N});
   a.loss = rays(Bit(want, 3));
   if (along == 0 && want > 8) in.Fail("without tangents, a call gives the loss or gradients");
+  if (along == 8) in.Fail("a tangent of the cotangent alone is a cotangent");
   if (along == 1 && want == 1) {  // linear; see formulas.h
     a.w = a.v_w;
     a.v_w = {};
@@ -53,16 +61,18 @@ RayOffsets Read(Reader& in) {
   a.batch = in.batch();
   a.N = in.Size(0, 0);
   a.R = in.RetSize(0, 0) - 1;
+  CheckSamples(in, a.N);
   a.ray_id = in.Arg<int32_t>({a.N});
   a.offsets = in.Ret<int32_t>(a.batch, {a.R + 1});
   return a;
 }
 
 template <bool flat>
-ffi::Future Cpu(ffi::ThreadPool pool, int32_t along, int32_t want, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Future Cpu(ffi::ThreadPool pool, int32_t along, int32_t want, int32_t shared_interval, ffi::RemainingArgs args,
+                ffi::RemainingRets rets) {
   Reader in(args, rets, 1);
   const auto run = [&](auto t) {
-    const auto distortion = Read<decltype(t)>(in, flat, along, want);
+    const auto distortion = Read<decltype(t)>(in, flat, along, want, shared_interval != 0);
     return RunCpu(pool, in, KNN_BEST(DistortionKernel(distortion)), distortion);
   };
   return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());
@@ -74,7 +84,8 @@ ffi::Future OffsetsCpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
   return RunCpu(pool, in, baseline::RayOffsetsKernel(), offsets);
 }
 
-#define KNN_ATTRIBUTES Attr<int32_t>("along").Attr<int32_t>("want").RemainingArgs().RemainingRets()
+#define KNN_ATTRIBUTES \
+  Attr<int32_t>("along").Attr<int32_t>("want").Attr<int32_t>("shared_interval").RemainingArgs().RemainingRets()
 
 XLA_FFI_DEFINE_HANDLER(kDenseCpu, Cpu<false>, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER(kFlatCpu, Cpu<true>, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
@@ -84,10 +95,11 @@ XLA_FFI_DEFINE_HANDLER(kOffsetsCpu, OffsetsCpu,
 #ifdef KNN_CUDA
 
 template <bool flat>
-ffi::Error Cuda(cudaStream_t stream, int32_t along, int32_t want, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Error Cuda(cudaStream_t stream, int32_t along, int32_t want, int32_t shared_interval, ffi::RemainingArgs args,
+                ffi::RemainingRets rets) {
   Reader in(args, rets, 1);
   const auto run = [&](auto t) {
-    const auto distortion = Read<decltype(t)>(in, flat, along, want);
+    const auto distortion = Read<decltype(t)>(in, flat, along, want, shared_interval != 0);
     return RunCuda(in, [&] { return LaunchDistortion(distortion, stream); });
   };
   return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());

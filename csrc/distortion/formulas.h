@@ -21,8 +21,9 @@
 //
 // Second order. L is a scalar, so its Jacobian's transpose is a gradient, whose Jacobian, the Hessian, is symmetric:
 // the gradient of ⟨c, J v⟩ in the inputs is c H v, the derivative of c (w̄, m̄, Δ̄) along v, and that in c is J v, the
-// derivative of L along v. Both are these formulas in dual numbers. But w̄ is linear in w: its derivative along w alone
-// is w̄ at v_w, for which no dual numbers are needed.
+// derivative of L along v. Both are these formulas in dual numbers. Where c moves along ċ as well, c (w̄, m̄, Δ̄) is the
+// product of two dual numbers. But w̄ is linear in w: its derivative along w alone is w̄ at v_w, for which no dual
+// numbers are needed.
 
 #ifndef KNN_DISTORTION_FORMULAS_H_
 #define KNN_DISTORTION_FORMULAS_H_

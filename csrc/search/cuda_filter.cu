@@ -24,10 +24,11 @@
 //
 // The bound. All terms of the polynomial together are at most S = m (1 + r)², with r = max_a |q_a| and m the metric's
 // Magnitude. With ε = 2⁻²⁴, relative to S: the query's position is rounded by ε, 2ε; its monomials are, ε; splitting,
-// twice, and leaving out x_l y_l, 13ε; at most 34 additions, truncated to 24 bits, 34ε; the distance as computed in
-// float32 differs from the exact one by at most 11ε. That is 61ε; 128ε is taken. Halves below 2⁻¹⁴ are subnormal,
-// spaced by 2⁻²⁴: 10 coefficients of the scaled polynomial, and low halves of monomials times coefficients of at most
-// 2⁷, err by another 2⁻²⁵ each. The latter is 1.5ε of S in all; for the former, 2⁻²¹ (1 + r)² is taken. So with
+// twice, and leaving out x_l y_l, 13ε; at most 34 additions, each truncated to 24 bits, which loses up to 2ε, 68ε; the
+// distance as computed in float32 differs from the exact one by at most 11ε. That is 95ε; 128ε is taken. Halves below
+// 2⁻¹⁴ are subnormal, spaced by 2⁻²⁴: 10 coefficients of the scaled polynomial, and low halves of monomials times
+// coefficients of at most 2⁷, err by another 2⁻²⁵ each. The latter is 1.5ε of S in all; for the former, 2⁻²¹ (1 + r)²
+// is taken. So with
 //
 //   e = 2⁻¹⁷ m + 2⁻²¹ (m scaled),   |polynomial − distance| <= e (1 + r)²,
 //
@@ -169,7 +170,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     const double constant = x * mx + y * my + z * mz;
     out.place[kConstant] = High(constant);
     out.place[kConstant + 1] = Low(constant);
-    out.place[kError] = __float2half_ru(__double2float_ru(0x1p-17 * scale * MagnitudeOf<M>(record.m) + 0x1p-21));
+    out.place[kError] =
+        __float2half_ru(__double2float_ru(kFilterError * scale * MagnitudeOf<M>(record.m) + kFilterUnderflow));
   } else if (unbounded) {
     out.place[kError] = __ushort_as_half(0x7c00);  // always a candidate
   } else {

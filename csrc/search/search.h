@@ -12,6 +12,9 @@ namespace knn {
 inline constexpr int kCudaMaxK = 256;   // of the CUDA searches
 inline constexpr int kFilterMaxK = 64;  // of cuda_filter.cu
 
+// Its error bound, see there: relative to the metric's magnitude, and in units of the scaled polynomial.
+inline constexpr double kFilterError = 0x1p-17, kFilterUnderflow = 0x1p-21;
+
 // Sizes after the batch axes stand behind each array.
 template <class T>
 struct Search {

@@ -167,6 +167,7 @@ void ExerciseDistortion(int64_t N, int64_t R, bool shared) {
         args.v_w = Random<T>(B, N, false);
         args.v_m = Random<T>(B, N, shared);
         args.v_interval = Random<T>(B, shared ? 1 : N, shared);
+        args.v_ct = Random<T>(B, args.R, shared);
       }
       Distortion<T> value = args, of_w = args, of_all = args;
       value.loss = Allocate<T>(B * args.R);
