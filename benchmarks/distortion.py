@@ -64,16 +64,23 @@ def _workload(lengths: np.ndarray, ragged: bool) -> tuple[str, tuple[jax.Array, 
     return f"{n} rays of {lengths[0]}", (jnp.asarray(w.reshape(n, -1)), jnp.asarray(m.reshape(n, -1))), losses
 
 
-def run(session: Session) -> dict[str, Any]:
-    """Milliseconds, and ratios of plain JAX's to ours. The large workloads are for GPUs."""
-    rays, longest, ragged = (65536, 512, 65536) if session.large else (8192, 128, 2048)
-    if session.quick:
+def workloads(large: bool, quick: bool = False) -> list[tuple[str, tuple[jax.Array, ...], dict[str, Loss]]]:
+    """Equal rays and ragged ones. The large workloads are for GPUs."""
+    rays, longest, ragged = (65536, 512, 65536) if large else (8192, 128, 2048)
+    if quick:
         rays, longest, ragged = 64, 8, 64
-    lengths = np.random.default_rng(1).integers(1, 2 * longest + 1 if session.quick else 1025, ragged)
+    lengths = np.random.default_rng(1).integers(1, 2 * longest + 1 if quick else 1025, ragged)
     equal = {(min(rays, 8192), min(longest, 128)), (rays, longest)}
-    workloads = [_workload(np.full(n, length), ragged=False) for n, length in sorted(equal)]
+    return [
+        *(_workload(np.full(n, length), ragged=False) for n, length in sorted(equal)),
+        _workload(lengths, ragged=True),
+    ]
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Milliseconds, and ratios of plain JAX's to ours."""
     cases, samples = [], {}
-    for name, arrays, losses in [*workloads, _workload(lengths, ragged=True)]:
+    for name, arrays, losses in workloads(session.large, session.quick):
         samples[name] = arrays[0].size
         programs = {who: steps(loss, arrays) for who, loss in losses.items()}
         cases += [Case((name, column), {who: p[column] for who, p in programs.items()}) for column in programs[OURS]]

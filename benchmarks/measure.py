@@ -93,7 +93,7 @@ class Session:
         self._compile(cases)
         if self.large:
             cases = [
-                dataclasses.replace(case, contestants={who: _on_device(c) for who, c in case.contestants.items()})
+                dataclasses.replace(case, contestants={who: on_device(c) for who, c in case.contestants.items()})
                 for case in bar(f"{self.name}: trying", cases, len(cases))
             ]
             self._compile(cases)
@@ -123,7 +123,7 @@ class Session:
 CALLS = 8
 
 
-def _on_device(call: Callable[[], Any]) -> Callable[[], Any]:
+def on_device(call: Callable[[], Any]) -> Callable[[], Any]:
     """What to time on a GPU. Of a short program, the time to launch it would be measured: several calls make one."""
     jax.block_until_ready(call())
     start = time.perf_counter()
