@@ -72,12 +72,19 @@ def anything(rng, shape, dtype):
         return np.frombuffer(rng.bytes(size * dtype.itemsize), dtype).reshape(shape)
     if dtype.kind == "i":
         return rng.choice(np.array([-(2**31), -1, 0, 1, 31, 32, 10**6, 2**31 - 1], dtype), shape)
-    return np.where(
-        rng.random(shape) < 0.5, rng.choice([np.nan, np.inf, -np.inf], shape), rng.normal(size=shape)
-    ).astype(dtype)
+    broken = rng.choice([np.nan, np.inf, -np.inf], shape)
+    return np.where(rng.random(shape) < 0.5, broken, rng.normal(size=shape)).astype(dtype)
 
 
-def dead(d):
+def scattered(rng, a, dtype):
+    """Of any order of magnitude, from denormal to nearly overflowing: all entries alike, or each by itself."""
+    top = np.log10(float(np.finfo(dtype).max))
+    with np.errstate(all="ignore"):
+        return a * 10 ** rng.uniform(-1.15 * top, 0.9 * top, pick(rng, (), a.shape))
+
+
+def fixed(d):
+    """The operands of a call, without directions of derivatives."""
     return {n: a for n, a in d.items() if " " not in n}
 
 
@@ -153,10 +160,10 @@ class Problem:
 
     def derivatives(self, apply, d):
         ct, v = ({n.removeprefix(p): a for n, a in d.items() if n.startswith(p)} for p in ("ct ", "v "))
-        moving, fixed = {n: d[n] for n in v}, dead(d)
+        x, moving = fixed(d), {n: d[n] for n in v}
 
         def value(moving):
-            y = apply({**fixed, **moving})
+            y = apply({**x, **moving})
             return {n: y[n] for n in ct}
 
         def first(moving, ct):
@@ -167,7 +174,7 @@ class Problem:
                 return helpers.product(first(moving, ct), v)
             return helpers.product(jax.jvp(value, (moving,), (v,))[1], ct)
 
-        y = apply(fixed)
+        y = apply(x)
         found = {
             "values": y,
             "first": first(moving, ct),
@@ -176,7 +183,7 @@ class Problem:
             "forward over reverse": jax.jvp(first, (moving, ct), (v, jax.tree.map(lambda a: 0.5 * a, ct)))[1],
         }
         if "touched" in y:  # linear, and so of a gradient that counts in how many live terms an element is
-            found["touched"] = jax.grad(lambda moving: apply({**fixed, **moving})["touched"].sum())(moving)
+            found["touched"] = jax.grad(lambda moving: apply({**x, **moving})["touched"].sum())(moving)
         return found
 
     def program(self, call):
@@ -251,7 +258,7 @@ class Problem:
 
     def check_loop(self, rng, report, d, y):
         at = tuple(int(rng.integers(n)) for n in self.levels)
-        one = jax.tree.map(np.asarray, self.call(self.item(dead(d), at)))
+        one = jax.tree.map(np.asarray, self.call(self.item(fixed(d), at)))
         for name, a in one.items():
             b = y[name][at]
             if np.issubdtype(a.dtype, np.integer):
@@ -294,11 +301,10 @@ class Aggregate(Problem):
         self.reverse = bool(rng.random() < 0.6)
 
         b = len(self.B)
-        self.names = helpers.ARGUMENTS[self.metric]
-        if self.op == "search":
-            self.names = tuple(
-                n for n in self.names if n in (("q", "p", "sigma", "R") if self.metric == "aniso" else "qp")
-            )
+        parameters = helpers.ARGUMENTS[self.metric][2:]
+        if self.op == "search":  # no features, and a Euclidean one no sigma either
+            parameters = parameters[1:] if self.metric == "aniso" else ()
+        self.names = ("q", "p", *parameters)
         self.outputs = ("dists",) if self.op == "search" else helpers.OUTPUTS
         self.dtypes = dict.fromkeys((*self.names, *self.outputs), self.dtype)
         if half and self.op != "search":
@@ -419,8 +425,7 @@ class Aggregate(Problem):
         if kind == "zeros":
             x = [0 * a for a in x]
         if kind == "wild":
-            top = np.log10(float(np.finfo(self.dtype).max))
-            x = [a * 10 ** rng.uniform(-1.15 * top, 0.9 * top, pick(rng, (), a.shape)) for a in x]
+            x = [scattered(rng, a, self.dtype) for a in x]
         with np.errstate(all="ignore"):
             d = {n: a for n, a in zip(helpers.ARGUMENTS[self.metric], x, strict=True) if n in self.names}
             shapes = {n: (*full, self.Q, self.F if n == "f_out" else self.K) for n in self.asked}
@@ -442,9 +447,8 @@ class Aggregate(Problem):
             d["table"] = integers(rng, self.integer, (*batch, self.P, self.width), self.P, wild)
         if self.index == "garbage":
             p, sigma, R = (jax.ShapeDtypeStruct((*self.B, self.P, *s), self.dtype) for s in ((3,), (3,), (3, 3)))
-            index = jax.eval_shape(
-                jka.build_index, p, *((sigma, R) if self.metric == "aniso" and self.searches else ())
-            )
+            parameters = (sigma, R) if self.metric == "aniso" and self.searches else ()
+            index = jax.eval_shape(jka.build_index, p, *parameters)
             share = pick(rng, 0.02, 0.3, 1.0)
             d["garbage"] = jax.tree.map(lambda s: anything(rng, (*self.front, *s.shape), s.dtype), index)
             d["mask"] = jax.tree.map(lambda s: rng.random((*self.front, *s.shape)) < share, index)
@@ -517,18 +521,15 @@ class Aggregate(Problem):
     def check_order(self, check, idxs, dists):
         """By the distances that callers see: numbers, +inf, NaN, empty slots, and then by index."""
         kind = np.where(idxs < 0, 2, np.where(np.isnan(dists), 1, 0))
-        key = np.where(kind > 0, 0, dists)
-        with np.errstate(invalid="ignore"):
-            later = (key[..., 1:] > key[..., :-1]) | (
-                (key[..., 1:] == key[..., :-1]) & (idxs[..., 1:] > idxs[..., :-1])
-            )
-        fine = (kind[..., 1:] > kind[..., :-1]) | (kind[..., 1:] == kind[..., :-1]) & ((kind[..., 1:] == 2) | later)
+        keys = kind, np.where(kind > 0, 0, dists), np.where(idxs < 0, np.arange(self.K), idxs)
+        fine = False
+        for key in reversed(keys):
+            fine = (key[..., 1:] > key[..., :-1]) | (key[..., 1:] == key[..., :-1]) & fine
         check("order", fine.all(), f"neighbours out of order, first at {np.argwhere(~fine)[:1]}")
 
     def check_neighbours(self, check, kind, d, idxs, lengths):
         shape = {"R": (3, 3), "f": (self.F,), "sigma": (1 if self.metric == "iso" else 3,)}
-        x = {n: self.full(n, d[n]).reshape(-1, *d[n].shape[-2:]) for n in ()}
-        items = idxs.size and int(np.prod(idxs.shape[:-2]))
+        x, items = {}, idxs.size and int(np.prod(idxs.shape[:-2]))
         for n in self.names:
             core = (self.Q, 3) if n == "q" else (self.P, *shape.get(n, (3,)))
             x[n] = self.full(n, d[n]).reshape(items, *core) if items else None
@@ -645,10 +646,7 @@ class Distortion(Problem):
             scale = 10.0 ** (pick(rng, 8, 0) if kind == "huge" else pick(rng, -8, 0))
             w, m, interval = scale * w, 1e8 * m if kind == "huge" else 1e-8 * m, scale * interval
         if kind == "wild":
-            top = np.log10(float(np.finfo(self.dtypes["loss"]).max))
-            w, m, interval = (
-                a * 10 ** rng.uniform(-1.15 * top, 0.9 * top, pick(rng, (), a.shape)) for a in (w, m, interval)
-            )
+            w, m, interval = (scattered(rng, a, self.dtypes["loss"]) for a in (w, m, interval))
         d = {}
         if self.flat:
             ids = integers(rng, self.integer, (*self.front, self.N), self.rays)
