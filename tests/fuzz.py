@@ -224,6 +224,9 @@ class Problem:
         if kind in self.exact_kinds:
             eps = float(jnp.finfo(y[self.outputs[-1]].dtype).eps)
             self.compare(report, got, want, functools.cache(lambda: [oracle(eps) for _ in range(2)]))
+        elif kind == "wild ids":  # counted to wrong rays
+            finite = all(np.isfinite(a).all() for a in jax.tree.leaves(got))
+            report.check("bounds", finite, "ray_id in no order makes results that are not finite")
         elif kind != "wild":
             given = {n: y.get(n, a) for n, a in given.items() if n != "live"}  # neighbours at infinity are named here
             self.compare(report, got, jax.tree.map(np.asarray, self.xla(given)), None, kind)
@@ -251,7 +254,13 @@ class Problem:
                 error = off(a, b)
                 if error > allowed and nearby:
                     allowed = max(allowed, *(30 * off(leaves(n)[i][1].astype(a.dtype), b) for n in nearby()))
-                report.check(part + suffix, error <= allowed, f"{where}: off by {error:.1e}, allowed {allowed:.1e}")
+                message = f"{where}: off by {error:.1e}, allowed {allowed:.1e}"
+                if error == np.inf:
+                    more, fewer = (int((np.isfinite(m) & ~np.isfinite(n)).sum()) for m, n in ((b, a), (a, b)))
+                    message = (
+                        f"{where}: not finite in {more} places where it is expected to be, finite in {fewer} others"
+                    )
+                report.check(part + suffix, error <= allowed, message)
 
     def may_differ(self, kind, path):
         return False
@@ -448,7 +457,7 @@ class Aggregate(Problem):
             d |= {f"v {n}": rng.normal(size=d[n].shape) for n in self.wrt}
             d = {n: a.astype(self.dtypes[n.split()[-1]]) for n, a in d.items()}
         if broken:
-            kind = self.poison(rng, d)
+            kind = self.poison(rng, d) + " of huge" * (kind == "huge")
 
         wild = pick(rng, 0.0, 0.2, 0.9)
         if self.lengths:
@@ -511,7 +520,8 @@ class Aggregate(Problem):
             self.check_lookup(check, d, y, lengths)
         if self.searches and self.index in (None, "valid"):
             self.check_order(check, idxs, dists)
-            if kind != "wild":
+            # The oracle does not overflow, which decides whether infinities cancel to NaN.
+            if kind != "wild" and not ("not finite" in kind and "huge" in kind):
                 self.check_neighbours(check, kind, d, idxs, lengths)
 
     def check_lookup(self, check, d, y, lengths):
