@@ -91,15 +91,17 @@ def off(got, want):
     of operations may turn one into the other."""
     with np.errstate(all="ignore"):
         want = want.astype(got.dtype)  # what overflows there, overflows here
-    tiny = float(jnp.finfo(got.dtype).tiny)
+    computed = np.float64 if got.dtype == np.float64 else np.float32
+    # Weights may have underflowed, or the result: below that, only that it is as small.
+    small = max(1e10 * float(np.finfo(computed).tiny), 1e3 * float(jnp.finfo(got.dtype).smallest_subnormal))
     got, want = got.astype(np.float64), want.astype(np.float64)
     finite = np.isfinite(want)
     if (np.isfinite(got) != finite).any():
         return np.inf
     got, want = got[finite], want[finite]
     scale = np.abs(want).max(initial=0)
-    if scale < 1e3 * tiny:  # may have been flushed to zero
-        return 0.0 if np.abs(got).max(initial=0) < 2e3 * tiny else np.inf
+    if scale < small:
+        return 0.0 if np.abs(got).max(initial=0) < 2 * small else np.inf
     return np.linalg.norm((got - want) / scale) / np.linalg.norm(want / scale)
 
 
@@ -247,13 +249,12 @@ class Problem:
                 report.check("shapes", a.shape == b.shape, f"{where}: {a.shape}, expected {b.shape}")
                 if a.shape != b.shape or (not nearby and self.may_differ(kind, path)):
                     continue
-                error = off(a, b)
+                error, allowed = off(a, b), allowed if nearby else 10 * allowed
                 if error > allowed and nearby:
                     allowed = max(allowed, *(30 * off(leaves(n)[i][1].astype(a.dtype), b) for n in nearby()))
                 new, gone = (int((np.isfinite(m) & ~np.isfinite(n)).sum()) for m, n in ((b, a), (a, b)))
-                how = (
-                    f"wrongly {new} not finite, {gone} finite" if new or gone else f"off by {error:.1e} > {allowed:.1e}"
-                )
+                how = f"{new} wrongly not finite, {gone} wrongly finite"
+                how = how if new or gone else f"off by {error:.1e} > {allowed:.1e}"
                 report.check(part + suffix, error <= allowed, f"{where}: {how}")
 
     def may_differ(self, kind, path):
