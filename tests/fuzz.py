@@ -117,11 +117,12 @@ class Problem:
         self.levels = tuple(0 if rng.random() < 0.03 else int(rng.integers(1, 4)) for _ in range(depth))
         self.axes = {n: (0,) * depth for n in ("idxs", "live")}
         forced = [pick(rng, *(n for n in ndims if " " not in n)) for _ in self.levels]
-        self.inside = bool(rng.random() < 0.5)  # derivatives inside vmap, or of it
+        self.inside = bool(rng.random() < 0.4)  # derivatives inside vmap, or of it
+        share = pick(rng, 0.2, 0.5)
         for name, ndim in ndims.items():
             axes, inner = [None] * depth, ndim
             for level in reversed(range(depth)):
-                if forced[level] == name or rng.random() < 0.4:
+                if forced[level] == name or rng.random() < share:
                     axes[level] = int(rng.integers(0, inner + 1)) if ndim is not None else 0
                     inner += 1
             if not self.inside and name.startswith("ct "):
@@ -322,7 +323,8 @@ class Aggregate(Problem):
         self.dtypes = dict.fromkeys((*self.names, *self.outputs), self.dtype)
         if half and self.op != "search":
             self.dtypes["f"] = self.dtypes["f_out"] = np.dtype(pick(rng, *HALF))
-        self.wrt, self.asked = some(rng, self.names, 0.8), some(rng, self.outputs, 0.7)
+        few = pick(rng, 0.3, 0.9)  # few: what is shared is summed where others vary
+        self.wrt, self.asked = some(rng, self.names, few), some(rng, self.outputs, 0.7)
         ndims = dict.fromkeys(self.names, b + 2) | {n: b + 3 for n in self.names if n == "R"}
         extra = {"lengths": b, "warm": b + 2} if self.searches else {"lengths": b}
         self.shared_table = bool(rng.random() < 0.5)
