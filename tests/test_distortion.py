@@ -139,6 +139,21 @@ def test_nothing(implementation, rng):
         assert loss(x, *rays, implementation=implementation).shape == (len(lengths),)
 
 
+@pytest.mark.parametrize("name", ["dense", "flat"])
+def test_a_ray_without_samples_adds_nothing(name, implementation):
+    """To the gradient of an interval that it shares with others, even if its cotangent is NaN."""
+    w, m = (jnp.ones(2), jnp.arange(2.0)) if name == "flat" else (jnp.ones((2, 0)), jnp.ones((2, 0)))
+
+    def losses(interval):
+        options = {"reduction": "none", "implementation": implementation}
+        if name == "flat":
+            return jka.flatten_distortion_loss(w, m, interval, np.zeros(2, int), 2, **options)
+        return jka.distortion_loss(w, m, interval, **options)
+
+    (got,) = jax.vjp(losses, jnp.asarray(0.1))[1](jnp.array([1.0, jnp.nan]))
+    np.testing.assert_allclose(got, 2 / 3 if name == "flat" else 0)
+
+
 def test_third_order(implementation, rng):
     x, v = helpers.tree(dense(rng, 2, 6)), helpers.tree(dense(rng, 2, 6))
 

@@ -371,10 +371,9 @@ struct Aggregator {
         if (args.q_bar != nullptr) {
           Parameters unused = {};
           const Vec3<V> g = Gradient(m, block.dm.Load(n), d, block.dd.Load(n), by, unused);
-          const auto has_terms = (by.a_e.v != 0) | (by.dist.v != 0) | (by.exponent.v != 0);
-          Select(has_terms, g.x, zero).Store(block.q_bar.at[0] + n);
-          Select(has_terms, g.y, zero).Store(block.q_bar.at[1] + n);
-          Select(has_terms, g.z, zero).Store(block.q_bar.at[2] + n);
+          if_exists(g.x).Store(block.q_bar.at[0] + n);
+          if_exists(g.y).Store(block.q_bar.at[1] + n);
+          if_exists(g.z).Store(block.q_bar.at[2] + n);
         }
       }
       exists.Store(block.exists + n);
@@ -507,9 +506,9 @@ struct Aggregator {
         others.d.Put(others.n, cursor.queries.q, points.p, i, j);
         if constexpr (kTangents) others.dd.Put(others.n, cursor.queries.v_q, points.v_p, i, j);
         others.factors.Put(others.n, by);
-        others.n += HasMetricTerms(by);
+        others.n += Adds(by.feature);
       }
-      if (features && cursor.queries.ct_f != nullptr && AddsFeatures(by.feature)) {
+      if (features && cursor.queries.ct_f != nullptr && Adds(by.feature)) {
         PrefetchRow(cursor.queries.ct_f, i, args.F);
         others.rows.Add(cursor.queries.ct_f + i * args.F, by.feature);
       }

@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
       }
       if (args.factors != nullptr && lane < count) args.factors[int64_t{row} * K + k] = factors;
       __syncwarp();  // parameters are read again, instead of kept in registers meanwhile
-      if (args.q_bar != nullptr && j >= 0 && HasMetricTerms(factors)) {
+      if (args.q_bar != nullptr && j >= 0) {
         typename M::Parameters unused = {};
         const Pair<T> c = {factors.dist, factors.exponent};
         Accumulate(q_bar, kSecond ? M::SecondGradient(parameters(), offset(), v_offset(), v_parameters(), factors.a_e,
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
         if (geometry) {
           Vec3<T> d_bar = {0, 0, 0};
           typename M::Parameters m_bar = {};
-          if (HasMetricTerms(factors)) {
+          if (Adds(factors.feature)) {
             const T* R = M::kR > 0 ? At(args.R, args.batch, b0) + M::kR * int64_t{j} : nullptr;
             const auto m = M::Load(At(args.sigma, args.batch, b0) + M::kSigma * int64_t{j}, R);
             const Vec3<T> d =
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
               const Row row = rows[min(l + 2 * r, last - 1)];
               LoadFeatures(row.ct_f + (inside ? feature : 0), x[r]);
               factor[r] = row.factor;
-              adds[r] = l + 2 * r < last && AddsFeatures(row.factor);
+              adds[r] = l + 2 * r < last && Adds(row.factor);
             }
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {

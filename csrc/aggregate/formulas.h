@@ -21,8 +21,7 @@
 //
 // A neighbour at distance +inf (an overflow, or an infinite coordinate) is an empty slot: weight 0, whatever sigma·inf
 // is, nothing in f_out, whatever its feature is, and at every order derivative 0, where the products above would be
-// 0·inf. Where the cotangent g is infinite, f̄ tells such a pair from one whose weight is 0: the factor of g is −0,
-// which no other pair's is.
+// 0·inf. Such a pair's factor of g is −0, which no other's is.
 
 #ifndef KNN_AGGREGATE_FORMULAS_H_
 #define KNN_AGGREGATE_FORMULAS_H_
@@ -44,20 +43,15 @@ struct alignas(4 * sizeof(T)) PairFactors {
 
 namespace knn::KNN_ISA {
 
-// The factors of a pair that adds nothing, whatever it is multiplied with.
+// The factors of a pair that adds nothing, whatever they would be multiplied with.
 template <class T>
 KNN_FN PairFactors<T> NoFactors() {
   return {-T(0), 0, 0, 0};
 }
+// Whether the pair that has this factor of g adds anything.
 template <class T>
-KNN_FN bool AddsFeatures(T feature) {
+KNN_FN bool Adds(T feature) {
   return !(feature == 0 && std::signbit(feature));
-}
-
-// Whether the pair adds anything through the metric. NaN does.
-template <class T>
-KNN_FN bool HasMetricTerms(const PairFactors<T>& factors) {
-  return !(factors.a_e == 0 && factors.dist == 0 && factors.exponent == 0);
 }
 
 // b is ⟨g, f⟩.

@@ -208,7 +208,8 @@ struct Rays {
     }
     if (args.loss != nullptr) args.loss[b * args.R + r] = 2 * Sum(loss);
     if (args.interval_bar != nullptr && args.shared_interval) {
-      args.interval_bar[b * args.R + r] = Sum(factor * interval_sum);
+      // Of a ray without samples it is 0, whatever its cotangent is.
+      args.interval_bar[b * args.R + r] = length == 0 ? 0 : Sum(factor * interval_sum);
     }
   }
 };

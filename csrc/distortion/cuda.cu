@@ -515,7 +515,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kMinWarps<N> / kWarps)
                         ct == nullptr ? T(0) : ct[first + i], v_ct == nullptr ? T(0) : v_ct[first + i],
                         v_ct != nullptr};
     T loss = 0, interval_sum = 0;
-    Tiles<T, kFlat, kTangents, kGradients, kPackets>::Compute(entry, ray, slots, loss, interval_sum);
+    if (ray.begin < ray.end) {
+      Tiles<T, kFlat, kTangents, kGradients, kPackets>::Compute(entry, ray, slots, loss, interval_sum);
+    }
     const int64_t at = b * args.R + first + i;
     if (args.loss != nullptr) {
       loss = 2 * WarpSum(loss);
