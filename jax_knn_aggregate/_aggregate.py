@@ -206,6 +206,7 @@ def _make(metric: Metric) -> Family:
         aux_ndims=(2,),
         y_ndims=(2, 2, 2),
         items=((0,), (0,), (0, 1, 2)),
+        linear=((2,), (0,)),
         kernels={role: functools.partial(kernel, metric) for role, kernel in kernels.items()},
     )
 

@@ -80,6 +80,9 @@ class Family:
       y_ndims: number of core axes of each result. Results have every batch axis in full.
       items: positions in x, aux and y of those whose first core axis counts independent items (queries), all the same:
         devices may each have some of the items (see ``_sharding.py``). All other core axes every device needs whole.
+      linear: positions in x and y of operands and results whose tangents and cotangents, where there are none, kernels
+        leave out. All others count as zeros then. That matters where they meet what is not finite, and holds for the
+        reference as well.
       kernels: FFI paths by role ("value", "jvp", "vjp", "vjp_vjp", "vjp_jvp"), see below; any may be missing.
 
     A kernel is ``kernel(platform, batch, x, aux, ..., results) -> list of arrays, or None`` where it cannot serve.
@@ -99,6 +102,7 @@ class Family:
         aux_ndims: Sequence[int],
         y_ndims: Sequence[int],
         items: tuple[Sequence[int], Sequence[int], Sequence[int]] = ((), (), ()),
+        linear: tuple[Sequence[int], Sequence[int]] = ((), ()),
         kernels: Mapping[str, Callable[..., list[jax.Array] | None]],
     ):
         self.reference = reference
@@ -108,6 +112,7 @@ class Family:
             tuple(("q" + "." * (n - 1)) if i in of else "." * n for i, n in enumerate(ndims))
             for ndims, of in zip((self.x_ndims, self.aux_ndims, self.y_ndims), items, strict=True)
         )
+        self._linear_x, self._linear_y = linear
         self._kernels = kernels
         if {"vjp", "vjp_vjp"} <= kernels.keys():
             self._kernels = {"vjp_jvp": self._vjp_jvp_of_two, **kernels}
@@ -178,7 +183,7 @@ class Family:
         return [fit(d, full + d.shape[len(full) :]) for d in dy]
 
     def _jvp_of(self, x: Operands, aux: Operands, dx: Sparse) -> list[jax.Array]:
-        return _pushed(lambda *x: list(self._batched_reference(x, aux)), x, dx)
+        return _pushed(lambda *x: list(self._batched_reference(x, aux)), x, dx, _counts(dx, self._linear_x))
 
     def _vjp(self, *operands: Any, wrt: Mask, outs: Mask, keep: Keep) -> list[jax.Array]:
         x, aux, ct = self._groups(operands, outs)
@@ -186,12 +191,13 @@ class Family:
         # A result that keeps an axis along which its operand is shared is the gradient of each copy of that operand.
         wide = [jnp.broadcast_to(a, _common(a, s)) for a, s in zip(_pick(x, wrt), shapes, strict=True)]
 
-        def f(*wide: jax.Array) -> tuple[jax.Array, ...]:
-            it = iter(wide)
-            return self._batched_reference(tuple(next(it) if m else a for a, m in zip(x, wrt, strict=True)), aux)
+        counts = _counts(ct, self._linear_y)
+
+        def f(*wide: jax.Array) -> list[jax.Array]:
+            return _pick(self._batched_reference(_replaced(x, wrt, wide), aux), counts)
 
         y, pull = jax.vjp(f, *wide)
-        bars = pull(tuple(jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(y, ct, strict=True)))
+        bars = pull(_cotangents(_pick(ct, counts), y))
         return [fit(b, s) for b, s in zip(bars, shapes, strict=True)]
 
     def _jvp_jvp(self, *operands: Any, wrt: Mask, tx: Mask, tv: Mask) -> list[jax.Array]:
@@ -203,7 +209,9 @@ class Family:
             dy = self._jvp_of(z[:n], aux, _spread(z[n:], wrt))
             return [fit(d, full + d.shape[len(full) :]) for d in dy]
 
-        return _pushed(f, (*x, *_pick(v, wrt)), (*dx, *_pick(dv, wrt)))
+        dv = tuple(_pick(dv, wrt))
+        counts = _counts(dx, self._linear_x) + (True,) * len(dv)
+        return _pushed(f, (*x, *_pick(v, wrt)), (*dx, *dv), counts)
 
     def _vjp_jvp(self, *operands: Any, wrt: Mask, outs: Mask, keep: Keep, tx: Mask, tc: Mask) -> list[jax.Array]:
         x, aux, ct, dx, dct = self._groups(operands, outs, tx, tc)
@@ -214,7 +222,8 @@ class Family:
             bars = self._vjp(*z[:n], *aux, *z[n:], wrt=wrt, outs=outs, keep=keep)
             return [fit(b, s) for b, s in zip(bars, shapes, strict=True)]
 
-        return _pushed(f, (*x, *_pick(ct, outs)), (*dx, *_pick(dct, outs)))
+        counts = _counts(dx, self._linear_x) + tuple(_pick(_counts(dct, self._linear_y), outs))
+        return _pushed(f, (*x, *_pick(ct, outs)), (*dx, *_pick(dct, outs)), counts)
 
     def _vjp_vjp(
         self, *operands: Any, outs: Mask, along: Mask, want_x: Mask, want_ct: Mask, keep: Keep
@@ -225,12 +234,14 @@ class Family:
             jnp.broadcast_to(a, _common(a, s)) for a, s in zip(_pick(x, want_x), shapes[: sum(want_x)], strict=True)
         ]
 
-        def f(*wide: jax.Array) -> list[jax.Array]:
-            it = iter(wide)
-            return self._jvp_of(tuple(next(it) if m else a for a, m in zip(x, want_x, strict=True)), aux, v)
+        counts = _counts(ct, self._linear_y)
 
-        dy, pull = jax.vjp(f, *wide)
-        bars = pull([jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(dy, ct, strict=True)])
+        def f(*wide: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+            dy = self._jvp_of(_replaced(x, want_x, wide), aux, v)
+            return _pick(dy, counts), dy
+
+        some, pull, dy = jax.vjp(f, *wide, has_aux=True)
+        bars = pull(_cotangents(_pick(ct, counts), some))
         return [fit(b, s) for b, s in zip([*bars, *_pick(dy, want_ct)], shapes, strict=True)]
 
     # Shapes of results.
@@ -476,15 +487,32 @@ def _common(a: Any, b: Any) -> Shape:
     return jnp.broadcast_shapes(getattr(a, "shape", a), getattr(b, "shape", b))
 
 
-def _pushed(f: Callable[..., list[jax.Array]], primals: Operands, tangents: Sparse) -> list[jax.Array]:
-    """The tangents of f(*primals) along ``tangents``, None being zero, with the batch axes of primals and tangents."""
-    primals = tuple(
-        a if t is None else jnp.broadcast_to(a, _common(a, t)) for a, t in zip(primals, tangents, strict=True)
-    )
-    dense = tuple(
-        jnp.zeros_like(a) if t is None else jnp.broadcast_to(t, a.shape) for a, t in zip(primals, tangents, strict=True)
-    )
-    return list(jax.jvp(f, primals, dense)[1])
+def _replaced(values: Operands, mask: Mask, some: Iterable[jax.Array]) -> Operands:
+    """``values`` with those of ``some`` in place of the values where the mask is True."""
+    it = iter(some)
+    return tuple(next(it) if m else a for a, m in zip(values, mask, strict=True))
+
+
+def _counts(group: Sparse, linear: Sequence[int]) -> Mask:
+    """Which tangents or cotangents are differentiated along: those that are given, and zeros unless left out."""
+    return tuple(a is not None or i not in linear for i, a in enumerate(group))
+
+
+def _cotangents(some: Iterable[jax.Array | None], y: Sequence[jax.Array]) -> list[jax.Array]:
+    return [jnp.zeros_like(a) if c is None else fit(c, a.shape) for a, c in zip(y, some, strict=True)]
+
+
+def _pushed(f: Callable[..., list[jax.Array]], primals: Operands, tangents: Sparse, counts: Mask) -> list[jax.Array]:
+    """The tangents of f(*primals) along ``tangents``, with the batch axes of both.
+
+    None is zero, or left out where ``counts`` is False.
+    """
+    wide, dense = [], []
+    for a, t in _pick(zip(primals, tangents, strict=True), counts):
+        shape = a.shape if t is None else _common(a, t)
+        wide.append(jnp.broadcast_to(a, shape))
+        dense.append(jnp.zeros(shape, a.dtype) if t is None else jnp.broadcast_to(t, shape))
+    return list(jax.jvp(lambda *some: f(*_replaced(primals, counts, some)), wide, dense)[1])
 
 
 def _kept(aval: Any, full: Shape) -> Mask:
