@@ -124,7 +124,7 @@ constexpr T kUnderflow = 0x1p22 * Precision<T>::kLeast;
 
 // How many of the P points of batch entry b exist.
 KNN_FN int64_t LengthOf(const Operand<const int32_t>& lengths, const Batch& batch, int64_t b, int64_t P) {
-  return Min(Max(*At(lengths, batch, b), 0), P);
+  return Min(Max(int64_t{*At(lengths, batch, b)}, int64_t{0}), P);
 }
 
 }  // namespace knn::KNN_ISA
