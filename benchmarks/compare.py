@@ -1,4 +1,6 @@
-"""``python -m benchmarks.compare BEFORE AFTER``: two builds of this package, call by call in turn, on one device.
+"""``python -m benchmarks.compare BEFORE AFTER [NAME ...]``: two builds of this package, call by call in turn.
+
+Of all calls, or of those whose names have one of NAME in them. Two builds that are the same show what noise is.
 
 BEFORE and AFTER are folders that ``pip install --no-deps --target`` has filled. Each has a process of its own; they
 take turns, so that a device whose speed drifts is fair to both. Prints medians, in milliseconds, and the ratio after /
@@ -20,7 +22,7 @@ ROUNDS, CHAIN_SECONDS = 15, 0.05
 
 
 def _hessian_times_vector(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward over reverse in the first argument: of a nonlinear scalar, so that the cotangent moves as well."""
+    """Forward over reverse in all of the first argument: of a nonlinear scalar, so that cotangents move as well."""
     import jax
 
     def product(x: Any, *rest: Any) -> Any:
@@ -45,9 +47,9 @@ def calls() -> dict[str, Callable[[], Any]]:
     for name in ("sphere", "uniform"):
         x = getattr(inputs, name)(*(w1[k] for k in "BQPF"))
         op = knn_aggregate.ours(w1["K"])
-        for step, program in knn_aggregate.steps(op, x).items():
-            programs[f"W1 {name}, {step}"] = program
-        programs[f"W1 {name}, Hessian times vector"] = Program(_hessian_times_vector(op), *x)
+        programs |= {f"W1 {name}, {step}": p for step, p in knn_aggregate.steps(op, x).items()}
+        of_all = _hessian_times_vector(lambda x, op=op: op(*x))
+        programs[f"W1 {name}, Hessian times vector"] = Program(of_all, x)
     sizes = (65_536, 1_048_576) if large else (65_536,)
     clouds = inputs.Clouds(max(sizes))
     for P in sizes:
@@ -57,9 +59,10 @@ def calls() -> dict[str, Callable[[], Any]]:
             programs[f"search, {P} {cloud}"] = Program(search, q, p, sigma, R)
     for workload, arrays, losses in distortion.workloads(large):
         loss = losses["jax_knn_aggregate"]
-        for step, program in distortion.steps(loss, arrays).items():
-            programs[f"distortion, {workload}, {step}"] = program
-        programs[f"distortion, {workload}, Hessian times vector"] = Program(_hessian_times_vector(loss), *arrays)
+        programs |= {f"distortion, {workload}, {step}": p for step, p in distortion.steps(loss, arrays).items()}
+        (w, m), rest = arrays[:2], arrays[2:]
+        of_both = _hessian_times_vector(lambda x, *rest, loss=loss: loss(*x, *rest))
+        programs[f"distortion, {workload}, Hessian times vector"] = Program(of_both, (w, m), *rest)
     return {name: on_device(program) if large else program for name, program in programs.items()}
 
 
@@ -103,12 +106,12 @@ class Build:
         return float(self.read())
 
 
-def main(before: str, after: str) -> None:
+def main(before: str, after: str, *some: str) -> None:
     builds = Build(before), Build(after)
     names, other = (build.read().split("\t") for build in builds)
     assert names == other
     print(f"{'ms':72} {'before':>9} {'after':>9}   after / before, least and most")
-    for name in names:
+    for name in (n for n in names if not some or any(part in n for part in some)):
         turns = [[build.ms(name) for build in builds] for _ in range(ROUNDS)]
         ratios = [b / a for a, b in turns]
         a, b = (statistics.median(t) for t in zip(*turns, strict=True))

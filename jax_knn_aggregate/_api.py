@@ -96,7 +96,7 @@ def knn_aggregate_aniso(
         no use of an index, in the one given. One that was never built, such as the zeros that a scan carries until the
         first refresh, gives neighbours of its own: points that exist, maybe one of them several times, or none.
       warm_idxs: (B, Q, W) integers, likely neighbours, such as idxs of an earlier step. They may make the search faster
-        and never change its result, whatever the index; those outside [0, P) are ignored.
+        and never change its result, also where the index is of an earlier cloud; those outside [0, P) are ignored.
       points_axis: inside ``jax.shard_map``, the mesh axis over which the cloud is split: p, f, sigma, R and p_lengths
         are those of this device's P points, and neighbours are found among all devices' points, point j of device r
         having the index r·P + j. ``index`` is of this device's points. K may be up to P times the number of devices.

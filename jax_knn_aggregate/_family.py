@@ -115,7 +115,7 @@ class Family:
         self._linear_x, self._linear_y = linear
         self._kernels = kernels
         if {"vjp", "vjp_vjp"} <= kernels.keys():
-            self._kernels = {"vjp_jvp": self._vjp_jvp_of_two, **kernels}
+            self._kernels = {**kernels, "vjp_jvp": functools.partial(self._vjp_jvp_kernel, kernels.get("vjp_jvp"))}
         make = functools.partial(self._make, name)
         self.value = make("value", self._value)
         self.jvp = make("jvp", self._jvp)
@@ -433,8 +433,9 @@ class Family:
             add_batch_axis=lambda p: {**p, "keep": tuple((True, *ks) for ks in p["keep"])} if "keep" in p else p,
         )
 
-    def _vjp_jvp_of_two(
+    def _vjp_jvp_kernel(
         self,
+        own: Callable[..., list[jax.Array] | None] | None,
         platform: str,
         batch: Shape,
         x: Operands,
@@ -444,6 +445,9 @@ class Family:
         dct: Sparse,
         results: tuple[jax.ShapeDtypeStruct | None, ...],
     ) -> list[jax.Array] | None:
+        both = own(platform, batch, x, aux, ct, dx, dct, results) if own else None
+        if both is not None:
+            return both
         nothing = (None,) * len(self.y_ndims)
         bars = self._kernels["vjp_vjp"](platform, batch, x, aux, ct, dx, (*results, *nothing))
         if bars is None or all(c is None for c in dct):

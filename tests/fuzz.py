@@ -496,11 +496,11 @@ class Aggregate(Problem):
             if name.startswith("idxs"):
                 inside = (y[name] >= -1) & (y[name] < lengths[..., None, None])
                 check("bounds", inside.all() and y[name].dtype == np.int32, f"{name}: {y[name][~inside][:3]}")
-        main = y["idxs, index"] if self.index in ("stale", "garbage") and self.searches else idxs
+        main = y["idxs, index"] if self.index == "stale" and self.searches else idxs
         for name in y:
-            if name.startswith("idxs, "):
+            if name.startswith("idxs, ") and self.index != "garbage":  # there, what is found depends on the way
                 check("ways", np.array_equal(y[name], main), f"{name}: {np.argwhere(y[name] != main)[:1]} differs")
-        check("ways", np.array_equal(idxs, main), "guesses change what a wrong index finds")
+        check("ways", np.array_equal(idxs, main), "guesses change what a stale index finds")
 
         empty = (idxs < 0) | (dists == np.inf)
         check("empty", (dists[idxs < 0] == np.inf).all(), "dists of empty slots are not +inf")

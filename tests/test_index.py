@@ -338,9 +338,8 @@ def test_whatever_an_index_holds(metric, dtype, P, K, kernels, rng):
 
     warm = search(build(), jnp.zeros((500, K), jnp.int32))[0]
     for name, index in garbage(rng, build()):
-        cold, warmed = map(np.asarray, search(index, warm))
-        assert cold.min() >= -1 and cold.max() < length, f"{name}: indices from {cold.min()} to {cold.max()}"
-        np.testing.assert_array_equal(warmed, cold, err_msg=name)
+        for found in map(np.asarray, search(index, warm)):
+            assert found.min() >= -1 and found.max() < length, f"{name}: indices from {found.min()} to {found.max()}"
 
 
 def test_an_index_may_be_built_later(implementation, rng):
