@@ -331,7 +331,7 @@ def _call(
     out = []
     for a, s in zip(got, present(results), strict=True):
         if a.shape[len(batch) :] != s.shape[len(batch) :]:
-            a = a.reshape(*batch, -1).sum(-1, keepdims=True)
+            a = a.reshape(*batch, *(rays or (1,))).sum(-1, keepdims=True)
         out.append(fit(a, s.shape))
     return out
 

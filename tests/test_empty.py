@@ -91,20 +91,21 @@ def test_search(sizes, implementation, rng):
     assert index.order.shape == (B, T, S, 1, 32)
 
 
-@pytest.mark.parametrize("name", ["dense", "flat"])
+@pytest.mark.parametrize("name, shared", [("dense", False), ("flat", False), ("dense", True), ("flat", True)])
 @pytest.mark.parametrize("sizes", some_empty(RAYS))
-def test_distortion(sizes, name, kernels, rng):
+def test_distortion(sizes, name, shared, kernels, rng):
     S, T, B, R, N = sizes.values()
-    w, interval = (jnp.asarray(rng.random((B, S, R * N))) for _ in range(2))
+    w, interval = (jnp.asarray(rng.random((B, S, n))) for n in (R * N, 1 if shared else R * N))
     m = jnp.asarray(np.sort(rng.random((B, T, R * N))))
     ids = np.repeat(np.arange(R), N)
 
     def op(w, interval, m):
         options = {"reduction": "none", "implementation": "ffi"}
+        interval = interval[0] if shared else interval
         if name == "flat":
             return (jka.flatten_distortion_loss(w, m, interval, ids, R, **options),)
-        w, interval, m = (a.reshape(R, N) for a in (w, interval, m))
-        return (jka.distortion_loss(w, m, interval, **options),)
+        w, m = w.reshape(R, N), m.reshape(R, N)
+        return (jka.distortion_loss(w, m, interval if shared else interval.reshape(R, N), **options),)
 
     (values,), *derivatives = helpers.quick_jit(every_order(mapped(op, 2, 1)))(w, interval, m)
     assert values.shape == (B, T, S, R)
