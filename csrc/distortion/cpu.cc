@@ -147,6 +147,24 @@ struct Rays {
     }
   }
 
+  // Twice a ray's cotangent, as formulas give half of all gradients.
+  struct Cotangent {
+    V value, tangent;
+    bool moves;
+  };
+  static KNN_FN V Twice(const Operand<const T>& a, const Batch& batch, int64_t b, int64_t r) {
+    return V::Broadcast(a.data == nullptr ? 0 : 2 * At(a, batch, b)[r]);
+  }
+
+  // What both sweeps add to a gradient. Their sum is still to be multiplied by the cotangent, unless that moves: then
+  // it differs for values and tangents, and so comes first.
+  static KNN_FN V Part(N bar, const Cotangent& ct) {
+    if constexpr (kTangents) {
+      if (ct.moves) return ct.value * bar.tangent + ct.tangent * bar.value;
+    }
+    return Result(bar);
+  }
+
   static void Ray(const Args& args, int64_t b, int64_t r, int64_t begin, int64_t end) {
     const Batch& batch = args.batch;
     const T *w = At(args.w, batch, b) + begin, *v_w = AtOrNull(args.v_w, batch, b);
@@ -163,20 +181,9 @@ struct Rays {
     T* m_bar = args.m_bar == nullptr ? nullptr : args.m_bar + at;
     T* interval_bar = args.interval_bar == nullptr || args.shared_interval ? nullptr : args.interval_bar + at;
 
-    const auto of_ray = [&](const Operand<const T>& a) {
-      return V::Broadcast(a.data == nullptr ? 0 : 2 * At(a, batch, b)[r]);
-    };
-    const V ct = of_ray(args.ct), v_ct = of_ray(args.v_ct);
-    // What both sweeps add to a gradient; their sum times `factor` is the result. A cotangent that moves differs for
-    // values and tangents, and so must come first.
-    const bool moves = kTangents && args.v_ct.data != nullptr;
-    const V factor = moves ? V::Broadcast(1) : ct;
-    const auto part = [&](N bar) {
-      if constexpr (kTangents) {
-        if (moves) return ct * bar.tangent + v_ct * bar.value;
-      }
-      return Result(bar);
-    };
+    const Cotangent ct = {Twice(args.ct, batch, b, r), Twice(args.v_ct, batch, b, r),
+                          kTangents && args.v_ct.data != nullptr};
+    const V factor = ct.moves ? V::Broadcast(1) : ct.value;
 
     if (w_bar != nullptr || m_bar != nullptr) {
       Sweep<false, T, N> sweep;
@@ -184,8 +191,8 @@ struct Rays {
         const int64_t n = Min(kLanes, length - i);
         const N w_i = Read(w, v_w, i, n);
         const Side<N> right = sweep.Next(w_i, Read(m, v_m, i, n));
-        if (w_bar != nullptr) Store(part(HalfWeightBarFromRight(right)), n, w_bar + i);
-        if (m_bar != nullptr) Store(part(HalfPositionBarFromRight(w_i, right)), n, m_bar + i);
+        if (w_bar != nullptr) Store(Part(HalfWeightBarFromRight(right), ct), n, w_bar + i);
+        if (m_bar != nullptr) Store(Part(HalfPositionBarFromRight(w_i, right), ct), n, m_bar + i);
       }
     }
 
@@ -198,13 +205,13 @@ struct Rays {
       const Side<N> left = sweep.Next(w_i, Read(m, v_m, i, n));
       loss = loss + Result(HalfLoss(w_i, interval_i, left));
       if (w_bar != nullptr) {
-        Store(factor * (Load(w_bar + i, n) + part(HalfWeightBar(w_i, interval_i, left))), n, w_bar + i);
+        Store(factor * (Load(w_bar + i, n) + Part(HalfWeightBar(w_i, interval_i, left), ct)), n, w_bar + i);
       }
       if (m_bar != nullptr) {
-        Store(factor * (Load(m_bar + i, n) + part(HalfPositionBar(w_i, left))), n, m_bar + i);
+        Store(factor * (Load(m_bar + i, n) + Part(HalfPositionBar(w_i, left), ct)), n, m_bar + i);
       }
-      if (interval_bar != nullptr) Store(factor * part(HalfIntervalBar(w_i)), n, interval_bar + i);
-      interval_sum = interval_sum + part(HalfIntervalBar(w_i));
+      if (interval_bar != nullptr) Store(factor * Part(HalfIntervalBar(w_i), ct), n, interval_bar + i);
+      interval_sum = interval_sum + Part(HalfIntervalBar(w_i), ct);
     }
     if (args.loss != nullptr) args.loss[b * args.R + r] = 2 * Sum(loss);
     if (args.interval_bar != nullptr && args.shared_interval) {
