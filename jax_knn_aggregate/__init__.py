@@ -1,7 +1,16 @@
 """Feature aggregation from the K nearest points under per-point metrics, for JAX, differentiable to any order."""
 
-from ._api import (
+from .core.ffi import FFI_TARGETS
+from .ops.distortion import (
+    distortion_loss,
+    eff_distloss,
+    eff_distloss_native,
+    flatten_distortion_loss,
+    flatten_eff_distloss,
+)
+from .ops.knn import (
     KnnAggregate,
+    KnnIndex,
     KnnSearch,
     build_index,
     build_knn_table,
@@ -13,15 +22,6 @@ from ._api import (
     knn_search,
     knn_search_aniso,
 )
-from ._distortion import (
-    distortion_loss,
-    eff_distloss,
-    eff_distloss_native,
-    flatten_distortion_loss,
-    flatten_eff_distloss,
-)
-from ._ffi import FFI_TARGETS
-from ._index import KnnIndex
 
 __version__ = "0.1.0"
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line on stderr about what was wrong."""
     arguments = _parser().parse_args(argv)
     if arguments.command == "doctor":
-        from ._doctor import main as doctor
+        from .doctor import main as doctor
 
         return doctor()
     try:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import __version__, _ffi, distortion_loss, flatten_distortion_loss, knn_aggregate, knn_aggregate_aniso
+from . import __version__, distortion_loss, flatten_distortion_loss, knn_aggregate, knn_aggregate_aniso
+from .core import ffi
 
 Arrays = tuple[jax.Array, ...]
 TOLERANCE = 1e-4
@@ -21,15 +22,15 @@ def main() -> int:
     """Prints the report; returns 0, or 1 where a self-check fails."""
     print(f"jax_knn_aggregate {__version__}   jax {jax.__version__}   jaxlib {metadata.version('jaxlib')}")
     print(f"python {platform.python_version()}   {platform.platform()}")
-    for key, value in _ffi.build_info().items():
+    for key, value in ffi.build_info().items():
         print(f"built with: {key.replace('_', ' ')} {value}")
     for name in ("cpu", "cuda"):
-        targets = sorted(_ffi.TARGETS.get(name, ()))
+        targets = sorted(ffi.TARGETS.get(name, ()))
         print(f"kernels registered for {name}: {', '.join(targets) if targets else 'none'}")
     ok = True
     for device in _devices():
         for name, target, fn, x in _families():
-            kernels = "kernels" if _ffi.available(target, _platform(device)) else "pure JAX"
+            kernels = "kernels" if ffi.available(target, _platform(device)) else "pure JAX"
             off = _self_check(fn, jax.device_put(x, device))
             ok &= off < TOLERANCE
             print(f"{device}: {name}: {kernels}, gradients off by {off:.1e}: {'ok' if off < TOLERANCE else 'WRONG'}")

@@ -34,9 +34,9 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from ._batch import Shape, batch_shape, fit, over_batch, over_merged_batch
-from ._primitive import bind, make_primitive
-from ._sharding import left_to_partitioner
+from .batch import Shape, batch_shape, fit, over_batch, over_merged_batch
+from .primitive import bind, make_primitive
+from .sharding import left_to_partitioner
 
 Mask = tuple[bool, ...]
 #: For each wanted result and each batch axis: whether the result keeps the axis (True) or sums over it (False).
@@ -76,10 +76,10 @@ class Family:
       name: prefix of the primitives' names.
       reference: ``reference(x, aux) -> y`` for core axes alone, in pure JAX, differentiable to any order.
       outputs: ``outputs(x, aux)``, shapes and dtypes of y for core axes alone: what tracing the reference finds.
-      x_ndims, aux_ndims: number of core axes of each operand; all axes before them are batch axes (see ``_batch.py``).
+      x_ndims, aux_ndims: number of core axes of each operand; all axes before them are batch axes (see ``batch.py``).
       y_ndims: number of core axes of each result. Results have every batch axis in full.
       items: positions in x, aux and y of those whose first core axis counts independent items (queries), all the same:
-        devices may each have some of the items (see ``_sharding.py``). All other core axes every device needs whole.
+        devices may each have some of the items (see ``sharding.py``). All other core axes every device needs whole.
       linear: positions in x and y of operands and results whose tangents and cotangents, where there are none, kernels
         leave out. All others count as zeros then. That matters where they meet what is not finite, and holds for the
         reference as well.

@@ -46,9 +46,9 @@ def check_api_version(built: tuple[int, int], runtime: tuple[int, int] | None) -
 
 def _extension() -> Any:
     try:
-        from . import _ext
+        from .. import _ext
     except ImportError as error:
-        here = pathlib.Path(__file__).parent
+        here = pathlib.Path(__file__).parent.parent
         if list(here.glob("_ext*.so")):
             raise
         raise ImportError(

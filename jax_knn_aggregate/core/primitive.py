@@ -1,6 +1,6 @@
 """One factory for every primitive of the package: evaluation, shapes, vmap, sharding, kernel or reference.
 
-The derivative rules of families are not here: ``_family.py`` adds them.
+The derivative rules of families are not here: ``family.py`` adds them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from . import _sharding
+from . import sharding
 
 IMPLEMENTATIONS = (None, "xla", "ffi")
 PLATFORMS = ("cpu", "cuda")
 
 #: For each primitive, the labels of its axes by operands and parameters.
-_AXES: dict[Primitive, Callable[..., _sharding.Axes]] = {}
+_AXES: dict[Primitive, Callable[..., sharding.Axes]] = {}
 
 
 class Kernel(Protocol):
@@ -42,14 +42,14 @@ def make_primitive(
     kernel: Kernel | None = None,
     add_batch_axis: Callable[[dict[str, Any]], dict[str, Any]] = lambda params: params,
 ) -> Primitive:
-    """Makes a primitive whose operands and results all have leading batch axes of size n or 1 (see ``_batch.py``).
+    """Makes a primitive whose operands and results all have leading batch axes of size n or 1 (see ``batch.py``).
 
     Args:
       name: what a jaxpr shows.
       reference: the computation in pure JAX, ``reference(*operands, **params)``.
       outputs: shapes and dtypes of the results, ``outputs(*avals, **params)``.
       cores: the core axes of operands and results, ``cores(**params)``, a character each: "." for an axis that every
-        device needs whole, a letter for one that may be split (see ``_sharding.py``).
+        device needs whole, a letter for one that may be split (see ``sharding.py``).
       kernel: the same computation through FFI calls.
       add_batch_axis: what ``params`` become when vmap puts one more batch axis in front.
 
@@ -59,14 +59,14 @@ def make_primitive(
     p.multiple_results = True
     p.def_impl(functools.partial(xla.apply_primitive, p))
 
-    def axes(*avals: Any, implementation: str | None, **params: Any) -> _sharding.Axes:
-        return _sharding.axes(avals, outputs(*avals, **params), cores(**params))
+    def axes(*avals: Any, implementation: str | None, **params: Any) -> sharding.Axes:
+        return sharding.axes(avals, outputs(*avals, **params), cores(**params))
 
     _AXES[p] = axes
 
     def abstract_eval(*avals: Any, implementation: str | None, **params: Any) -> list[Any]:
         results = outputs(*avals, **params)
-        shardings = _sharding.result_shardings(name, avals, results, cores(**params))
+        shardings = sharding.result_shardings(name, avals, results, cores(**params))
         # From an operand's aval, so that what else it carries (varying manual axes) is kept; bind() made them agree.
         return [
             avals[0].update(shape=o.shape, dtype=o.dtype, weak_type=False, sharding=s)
@@ -92,7 +92,7 @@ def make_primitive(
         fn = functools.partial(lower, platform, **params)
         # Inside shard_map the context counts no devices.
         devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-        spread = _sharding.spread(name, fn, lambda: axes(*ctx.avals_in, **params), ctx.avals_in, devices)
+        spread = sharding.spread(name, fn, lambda: axes(*ctx.avals_in, **params), ctx.avals_in, devices)
         return mlir.lower_fun(spread, multiple_results=True)(ctx, *values)
 
     mlir.register_lowering(p, functools.partial(rule, None))
@@ -135,6 +135,6 @@ def bind(p: Primitive, *operands: Any, **params: Any) -> list[Any]:
         for a, v in zip(operands, varying, strict=True)
     ]
     avals = [jax.typeof(a) for a in marked]
-    if _sharding.typed(avals):
-        marked = _sharding.agree(p.name, marked, _AXES[p](*avals, **params).operands)
+    if sharding.typed(avals):
+        marked = sharding.agree(p.name, marked, _AXES[p](*avals, **params).operands)
     return p.bind(*marked, **params)

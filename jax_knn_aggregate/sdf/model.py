@@ -11,7 +11,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from .. import knn_aggregate_aniso
-from .._checks import Implementation
+from ..core.checks import Implementation
 
 
 def farthest_points(points: np.ndarray, count: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from scipy.spatial import cKDTree
 
-from .._checks import Implementation
+from ..core.checks import Implementation
 from .model import Coarse, SignedDistance, farthest_points, value_and_gradient
 from .scan import Scan
 

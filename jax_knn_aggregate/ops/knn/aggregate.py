@@ -4,7 +4,7 @@
 
 ``idxs`` outside [0, P) mean "no neighbour": w 0, dist +inf, no contribution, zero derivatives. A neighbour at distance
 +inf is the same, at every order and whatever its parameters and features are. The derivation of the derivatives that
-the kernels compute stands in ``csrc/aggregate/formulas.h``.
+the kernels compute stands in ``csrc/knn/aggregate/formulas.h``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _ffi
-from ._batch import Shape, fit, known, size
-from ._family import Family, Structs
-from ._ffi import bits, present
-from ._metric import ANISOTROPIC, ISOTROPIC, Metric
+from ...core import ffi
+from ...core.batch import Shape, fit, known, size
+from ...core.family import Family, Structs
+from ...core.ffi import bits, present
+from .metric import ANISOTROPIC, ISOTROPIC, Metric
 
 Struct = jax.ShapeDtypeStruct
 Operands = tuple[jax.Array, ...]
@@ -71,16 +71,16 @@ def _value_kernel(
     metric: Metric, platform: str, batch: Shape, x: Operands, aux: Operands, results: tuple[Struct, ...]
 ) -> Any:
     target = f"{metric.name}_value"
-    return _ffi.call(target, results)(*x, *aux) if _ffi.available(target, platform) else None
+    return ffi.call(target, results)(*x, *aux) if ffi.available(target, platform) else None
 
 
 def _jvp_kernel(
     metric: Metric, platform: str, batch: Shape, x: Operands, aux: Operands, dx: Sparse, results: tuple[Struct, ...]
 ) -> Any:
     target = f"{metric.name}_jvp"
-    if not _ffi.available(target, platform):
+    if not ffi.available(target, platform):
         return None
-    return _ffi.call(target, results)(*x, *aux, *present(dx), along=bits(dx))
+    return ffi.call(target, results)(*x, *aux, *present(dx), along=bits(dx))
 
 
 def _vjp_kernel(
@@ -129,7 +129,7 @@ def _call_with_inverse(
       more: the operands after idxs. masks: attributes of the call.
       of_points: the operands that belong to points.
     """
-    if not _ffi.available(target, platform):
+    if not ffi.available(target, platform):
         return None
     depth, (idxs,) = len(batch), aux
     wanted = present(want_x, want_ct)
@@ -156,7 +156,7 @@ def _call_with_inverse(
             # Sums over pieces of the grouped pairs, for up to two points each: features and terms of the metric.
             pieces = -(-inverse[0].shape[-1] // _PIECE_PAIRS)
             scratch.append(Struct((*kept, pieces, 2, x[2].shape[-1] + _PIECE_TERMS), x[0].dtype))
-    got = _ffi.call(target, [*given, *scratch])(*x, *aux, *more, **masks)
+    got = ffi.call(target, [*given, *scratch])(*x, *aux, *more, **masks)
     return [fit(a, s.shape) for a, s in zip(got[: len(wanted)], wanted, strict=True)]
 
 
@@ -188,7 +188,7 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
         counts, buffers = 4 * (-(-pairs // _COUNTED_TILE) + 1) * (P + 1), 13 * pairs
         nbytes = size(kept) * counts if P <= _MAX_COUNTED else size(kept) * buffers + (1 << 21)
         results.append(Struct((nbytes,), jnp.uint8))
-    return list(_ffi.call("invert", results)(idxs)[:2])
+    return list(ffi.call("invert", results)(idxs)[:2])
 
 
 def _make(metric: Metric) -> Family:

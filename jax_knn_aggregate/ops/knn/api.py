@@ -14,13 +14,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _checks, _index, _points
-from ._aggregate import featureless
-from ._checks import Array, Implementation
-from ._index import KnnIndex
-from ._metric import ANISOTROPIC, ISOTROPIC, Metric
-from ._search import search
-from ._sharding import extended, left_to_partitioner
+from ...core import checks as core_checks
+from ...core.checks import Array, Implementation
+from ...core.sharding import extended, left_to_partitioner
+from . import checks, points
+from . import index as knn_index
+from .aggregate import featureless
+from .index import KnnIndex
+from .metric import ANISOTROPIC, ISOTROPIC, Metric
+from .search import search
 
 
 class KnnAggregate(NamedTuple):
@@ -174,14 +176,14 @@ def knn_aggregate_aniso_lookup(
     Raises:
       ValueError: for shapes or K out of range. TypeError: for dtypes.
     """
-    implementation = _checks.implementation(implementation)
-    (q, p, f, sigma, R), batch = _checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
+    implementation = core_checks.implementation(implementation)
+    (q, p, f, sigma, R), batch = checks.arrays(q=q, p=p, f=f, sigma=sigma, R=R)
     P = p.shape[-2]
-    table = _checks.indices("knn_table", knn_table, P, batch, (P, "K'"), may_share=True)
-    K = _checks.neighbours(K, table.shape[-1], "the width of knn_table")
+    table = checks.indices("knn_table", knn_table, P, batch, (P, "K'"), may_share=True)
+    K = checks.neighbours(K, table.shape[-1], "the width of knn_table")
     table = table[..., :K]
-    lengths = _checks.lengths(p_lengths, batch, P)
-    index = _checks.index(index, ISOTROPIC, p, batch)
+    lengths = checks.lengths(p_lengths, batch, P)
+    index = checks.index(index, ISOTROPIC, p, batch)
     nearest = search(ISOTROPIC, q, p, (), lengths, 1, implementation, index)[..., 0]
 
     def rows(table: jax.Array, nearest: jax.Array) -> jax.Array:
@@ -304,12 +306,12 @@ def build_knn_table(
     Raises:
       ValueError: for shapes or K out of range. TypeError: for dtypes.
     """
-    implementation = _checks.implementation(implementation)
-    (p,), batch = _checks.arrays(p=p)
+    implementation = core_checks.implementation(implementation)
+    (p,), batch = checks.arrays(p=p)
     P = p.shape[-2]
-    K = _checks.neighbours(K, P, "the number of points P")
-    lengths = _checks.lengths(p_lengths, batch, P)
-    index = _checks.index(index, ISOTROPIC, p, batch)
+    K = checks.neighbours(K, P, "the number of points P")
+    lengths = checks.lengths(p_lengths, batch, P)
+    index = checks.index(index, ISOTROPIC, p, batch)
     idxs = search(ISOTROPIC, p, p, (), lengths, K, implementation, index)
     rows = jnp.arange(P, dtype=jnp.int32).reshape((1,) * len(batch) + (P, 1))
     exists = rows < lengths[..., None, None]
@@ -340,23 +342,23 @@ def build_index(
     Raises:
       ValueError: for shapes, or if only one of sigma and R is given. TypeError: for dtypes.
     """
-    implementation = _checks.implementation(implementation)
+    implementation = core_checks.implementation(implementation)
     if (sigma is None) != (R is None):
         raise ValueError(
             "build_index got only one of sigma and R, expected both, for searches by the metrics that they make, or "
             "neither, for Euclidean searches."
         )
     metric = ISOTROPIC if sigma is None else ANISOTROPIC
-    (p, *parameters), batch = _checks.arrays(p=p, **({} if sigma is None else {"sigma": sigma, "R": R}))
-    lengths = _checks.lengths(p_lengths, batch, p.shape[-2])
-    return _index.build(metric, p, parameters, lengths, implementation)
+    (p, *parameters), batch = checks.arrays(p=p, **({} if sigma is None else {"sigma": sigma, "R": R}))
+    lengths = checks.lengths(p_lengths, batch, p.shape[-2])
+    return knn_index.build(metric, p, parameters, lengths, implementation)
 
 
 def _aggregate(
     metric: Metric, q: Array, p: Array, f: Array, parameters: dict[str, Array], options: _Options
 ) -> KnnAggregate:
-    implementation = _checks.implementation(options.implementation)
-    x, batch = _checks.arrays(metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
+    implementation = core_checks.implementation(options.implementation)
+    x, batch = checks.arrays(metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
     idxs = _neighbours(metric, x[0], x[1], x[3:], batch, options)
     return _result(metric, tuple(x), idxs, options.points_axis, implementation)
 
@@ -371,26 +373,26 @@ def _precomputed(
     points_axis: str | None,
     implementation: Implementation,
 ) -> KnnAggregate:
-    implementation = _checks.implementation(implementation)
-    x, batch = _checks.arrays(metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
-    _points.check(points_axis, x[0], x[1])
-    idxs = _checks.indices("knn_idxs", knn_idxs, _points.count(points_axis, x[1]), batch, (x[0].shape[-2], "K"))
+    implementation = core_checks.implementation(implementation)
+    x, batch = checks.arrays(metric is ISOTROPIC, q=q, p=p, f=f, **parameters)
+    points.check(points_axis, x[0], x[1])
+    idxs = checks.indices("knn_idxs", knn_idxs, points.count(points_axis, x[1]), batch, (x[0].shape[-2], "K"))
     return _result(metric, tuple(x), idxs, points_axis, implementation)
 
 
 def _result(
     metric: Metric, x: tuple[jax.Array, ...], idxs: jax.Array, points_axis: str | None, implementation: Implementation
 ) -> KnnAggregate:
-    return KnnAggregate(*_points.aggregate(metric, x, idxs, implementation, points_axis), idxs)
+    return KnnAggregate(*points.aggregate(metric, x, idxs, implementation, points_axis), idxs)
 
 
 def _search(metric: Metric, q: Array, p: Array, parameters: dict[str, Array], options: _Options) -> KnnSearch:
-    implementation = _checks.implementation(options.implementation)
-    (q, p, *given), batch = _checks.arrays(q=q, p=p, **parameters)
+    implementation = core_checks.implementation(options.implementation)
+    (q, p, *given), batch = checks.arrays(q=q, p=p, **parameters)
     idxs = _neighbours(metric, q, p, given, batch, options)
     # The aggregate of no features gives distances that are differentiable; weights are not asked for.
     x = featureless(q, p, tuple(given))
-    _, _, dists = _points.aggregate(metric, x, idxs, implementation, options.points_axis)
+    _, _, dists = points.aggregate(metric, x, idxs, implementation, options.points_axis)
     return KnnSearch(dists, idxs)
 
 
@@ -403,13 +405,13 @@ def _neighbours(
     options: _Options,
 ) -> jax.Array:
     axis = options.points_axis
-    _points.check(axis, q, p)
-    P = _points.count(axis, p)
-    K = _checks.neighbours(options.K, P, "the number of points P" + (" of all devices" if axis else ""))
-    lengths = _checks.lengths(options.p_lengths, batch, p.shape[-2])
-    index = _checks.index(options.index, metric, p, batch)
+    points.check(axis, q, p)
+    P = points.count(axis, p)
+    K = checks.neighbours(options.K, P, "the number of points P" + (" of all devices" if axis else ""))
+    lengths = checks.lengths(options.p_lengths, batch, p.shape[-2])
+    index = checks.index(options.index, metric, p, batch)
     warm = options.warm_idxs
     if warm is not None:
-        warm = _checks.indices("warm_idxs", warm, P, batch, (q.shape[-2], "W"))
+        warm = checks.indices("warm_idxs", warm, P, batch, (q.shape[-2], "W"))
     parameters = parameters[: len(metric.search_ndims)]
-    return _points.search(metric, q, p, parameters, lengths, K, options.implementation, axis, index, warm)
+    return points.search(metric, q, p, parameters, lengths, K, options.implementation, axis, index, warm)

@@ -1,22 +1,21 @@
-"""Checks and normalisation of what users pass. Every error says what was got, what was expected and what to do."""
+"""Checks of clouds, of indices into them, of K, and of indexes of them.
+
+Every error says what was got, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
-import operator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from . import _index
-from ._index import KnnIndex
-from ._metric import Metric
-from ._primitive import IMPLEMENTATIONS
-
-Array = jax.Array | np.ndarray  # what users may pass
-Implementation = Literal[None, "xla", "ffi"]
+from ...core.checks import as_array, integers, narrowed, static_integer
+from . import index as knn_index
+from .index import KnnIndex
+from .metric import Metric
 
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -82,12 +81,6 @@ def _text(shape: tuple[str | int, ...]) -> str:
     return "(" + ", ".join(map(str, shape)) + ")"
 
 
-def as_array(name: str, a: Any) -> jax.Array:
-    if not isinstance(a, jax.Array | np.ndarray | np.generic):
-        raise TypeError(f"{name} is a {type(a).__name__}, expected a JAX or NumPy array. Convert it with jnp.asarray.")
-    return jnp.asarray(a)
-
-
 def _check_dtypes(values: dict[str, jax.Array]) -> None:
     first = next(iter(values))
     dtype = values[first].dtype
@@ -102,18 +95,6 @@ def _check_dtypes(values: dict[str, jax.Array]) -> None:
             )
 
 
-def static_integer(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except (TypeError, jax.errors.ConcretizationTypeError):
-        raise TypeError(
-            f"{name} is {value!r}, expected a Python integer: it sets the shapes of the results. Under jit, mark it "
-            f"static (static_argnames={name!r})."
-        ) from None
-
-
 def neighbours(K: Any, limit: int, of: str) -> int:
     """Checks K, a static integer from 1 to ``limit``."""
     K = static_integer("K", K)
@@ -122,24 +103,6 @@ def neighbours(K: Any, limit: int, of: str) -> int:
     if not 1 <= K <= limit:
         raise ValueError(f"K is {K}, expected 1 <= K <= {limit}, {of}.")
     return K
-
-
-def implementation(value: Any) -> Implementation:
-    if value not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {value!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
-    return value
-
-
-def integers(name: str, a: Any) -> np.ndarray | jax.Array:
-    if not isinstance(a, jax.Array | np.ndarray | np.generic | int) or isinstance(a, bool):
-        raise TypeError(f"{name} is a {type(a).__name__}, expected an integer array. Convert it with jnp.asarray.")
-    if isinstance(a, int):
-        a = np.int64(min(max(a, -(2**63)), 2**63 - 1))  # out of range before and after
-    # NumPy's 64-bit integers stay in NumPy until they are known to be in range: jnp.asarray would cut them to 32 bits.
-    a = a if isinstance(a, jax.Array) else np.asarray(a)
-    if not jnp.issubdtype(a.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {a.dtype}, expected an integer dtype. Convert it with astype.")
-    return a if a.dtype.itemsize >= 4 else a.astype(np.int32)
 
 
 def indices(
@@ -155,14 +118,6 @@ def indices(
     if not any(_fits(a.shape, shape, {}) for shape in expected):
         raise ValueError(f"{name} has shape {a.shape}, expected {' or '.join(map(_text, expected))}.")
     return narrowed(a, P, above=-1)
-
-
-def narrowed(a: np.ndarray | jax.Array, limit: int, above: int) -> jax.Array:
-    """As int32, with −1 for what is negative and ``above`` for what is not below ``limit``."""
-    xp = np if isinstance(a, np.ndarray) else jnp
-    inside = (a >= 0) & (a < limit)
-    narrow = xp.where(inside, a, xp.zeros_like(a)).astype(np.int32)
-    return jnp.asarray(xp.where(inside, narrow, xp.where(a < 0, np.int32(-1), np.int32(above))))
 
 
 def lengths(p_lengths: Any, batch: tuple[int, ...], P: int) -> jax.Array:
@@ -195,7 +150,7 @@ def index(value: Any, metric: Metric, p: jax.Array, batch: tuple[int, ...]) -> K
             f"index was built for points of shape {(*got[0], got[1], 3)} and dtype {got[2]}, but p has shape {p.shape} "
             f"and dtype {p.dtype}. Build it from this p."
         )
-    made = _index.structs(metric, batch, value.P, p.dtype)
+    made = knn_index.structs(metric, batch, value.P, p.dtype)
     arrays, expected = ([f"{a.dtype}{list(a.shape)}" for a in some] for some in (value.arrays, made))
     if arrays != expected:
         raise ValueError(f"index holds {arrays}, expected {expected}, as build_index makes them for these points.")

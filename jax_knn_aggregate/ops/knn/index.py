@@ -1,6 +1,6 @@
 """The index primitive: a cloud's points in an order and with bounds that let a search skip most of them.
 
-What an index holds, and why a search through it is exact, is told in ``csrc/index/index.h``.
+What an index holds, and why a search through it is exact, is told in ``csrc/knn/index/index.h``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _ffi
-from ._batch import batch_shape, over_batch, over_merged_batch, size
-from ._metric import ANISOTROPIC, ISOTROPIC, Metric
-from ._primitive import bind, make_primitive, piecewise_constant
+from ...core import ffi
+from ...core.batch import batch_shape, over_batch, over_merged_batch, size
+from ...core.primitive import bind, make_primitive, piecewise_constant
+from .metric import ANISOTROPIC, ISOTROPIC, Metric
 
 Struct = jax.ShapeDtypeStruct
 
@@ -54,7 +54,7 @@ jax.tree_util.register_dataclass(KnnIndex, data_fields=["leaves", "order", "node
 def build(
     metric: Metric, p: jax.Array, parameters: Sequence[jax.Array], lengths: jax.Array, implementation: str | None
 ) -> KnnIndex:
-    """Arguments as those of ``_search.search``. Leading axes of the arrays are batch axes of size n or 1."""
+    """Arguments as those of ``search.search``. Leading axes of the arrays are batch axes of size n or 1."""
     leaves, order, nodes = bind(_PRIMITIVES[metric], p, *parameters, lengths, implementation=implementation)
     return KnnIndex(leaves, order, nodes, metric.name, p.shape[-2])
 
@@ -98,7 +98,7 @@ def _outputs(metric: Metric, *avals: Any) -> list[Struct]:
 def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:
     """Calls the builder for operands of at most MAX_BATCH_AXES batch axes; None where there is none."""
     target = f"{metric.name}_index"
-    if not _ffi.available(target, platform):
+    if not ffi.available(target, platform):
         return None
     results = _outputs(metric, *operands)
     if platform == "cuda":
@@ -106,7 +106,7 @@ def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array]
         # constant, for the sort's histograms. The kernel checks that this suffices.
         clouds, P = size(batch_shape(operands, _core_ndims(metric))), operands[0].shape[-2]
         results.append(Struct((clouds * (25 * P + CUDA_EXTENTS) + (1 << 21),), jnp.uint8))
-    return list(_ffi.call(target, results)(*operands)[:3])
+    return list(ffi.call(target, results)(*operands)[:3])
 
 
 def _kernel(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:

@@ -1,6 +1,6 @@
 """The two metrics: how far a point is from a query, and what weight it has there. The formulas of the reference path.
 
-The kernels' copy, with the derivatives written out, is ``csrc/common/metric.h``; the tests hold the two together.
+The kernels' copy, with the derivatives written out, is ``csrc/knn/metric.h``; the tests hold the two together.
 """
 
 from __future__ import annotations

@@ -22,9 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _aggregate, _checks, _search
-from ._index import KnnIndex
-from ._metric import Metric
+from . import checks
+from .aggregate import aggregate as aggregate_own
+from .aggregate import featureless
+from .index import KnnIndex
+from .metric import Metric
+from .search import ordered
+from .search import search as search_own
 
 
 def check(points_axis: Any, q: jax.Array, p: jax.Array) -> None:
@@ -49,7 +53,7 @@ def check(points_axis: Any, q: jax.Array, p: jax.Array) -> None:
 def count(points_axis: str | None, p: jax.Array) -> int:
     """The number of points on all devices."""
     P = p.shape[-2] * (1 if points_axis is None else lax.axis_size(points_axis))
-    _checks.points(P)
+    checks.points(P)
     return P
 
 
@@ -65,18 +69,18 @@ def search(
     index: KnnIndex | None = None,
     warm: jax.Array | None = None,
 ) -> jax.Array:
-    """As ``_search.search``, with indices into the points of all devices. ``index`` is of this device's points."""
+    """As ``search.search``, with indices into the points of all devices. ``index`` is of this device's points."""
     if points_axis is None:
-        return _search.search(metric, q, p, parameters, lengths, K, implementation, index, warm)
+        return search_own(metric, q, p, parameters, lengths, K, implementation, index, warm)
     q, p, *parameters = (lax.stop_gradient(a) for a in (q, p, *parameters))
     P, own_queries = p.shape[-2], points_axis in _varying(q)
     if warm is not None:
         warm = _own("warm_idxs", warm, q, P, points_axis)
     q = _of_all(q, points_axis)
     Q = q.shape[-2]
-    idxs = _search.search(metric, q, p, parameters, lengths, min(K, P), implementation, index, warm)
-    x = _aggregate.featureless(q, p, tuple(parameters))
-    _, _, dists = _aggregate.aggregate(metric, x, idxs, implementation)
+    idxs = search_own(metric, q, p, parameters, lengths, min(K, P), implementation, index, warm)
+    x = featureless(q, p, tuple(parameters))
+    _, _, dists = aggregate_own(metric, x, idxs, implementation)
     idxs = jnp.where(idxs < 0, jnp.int32(-1), idxs + _first(P, points_axis))
 
     n = lax.axis_size(points_axis)
@@ -86,7 +90,7 @@ def search(
     def exchanged(a: jax.Array) -> jax.Array:
         return lax.all_to_all(jnp.pad(a, pad), points_axis, a.ndim - 2, a.ndim - 1, tiled=True)
 
-    merged = _search.ordered(exchanged(dists), exchanged(idxs))[..., :K]
+    merged = ordered(exchanged(dists), exchanged(idxs))[..., :K]
     if own_queries:
         return merged
     everywhere = lax.all_gather(merged, points_axis, axis=merged.ndim - 2, tiled=True, to="invarying")
@@ -96,9 +100,9 @@ def search(
 def aggregate(
     metric: Metric, x: tuple[jax.Array, ...], idxs: jax.Array, implementation: str | None, points_axis: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As ``_aggregate.aggregate``, with indices into the points of all devices."""
+    """As ``aggregate.aggregate``, with indices into the points of all devices."""
     if points_axis is None:
-        return _aggregate.aggregate(metric, x, idxs, implementation)
+        return aggregate_own(metric, x, idxs, implementation)
     own_queries = points_axis in _varying(x[0])
     P, exists = x[1].shape[-2], idxs >= 0
     here = _own("knn_idxs", idxs, x[0], P, points_axis)
@@ -108,7 +112,7 @@ def aggregate(
             return lax.psum_scatter(a, points_axis, scatter_dimension=a.ndim - 2, tiled=True)
         return lax.psum(a, points_axis)
 
-    f_out, w, dists = _aggregate.aggregate(metric, (_of_all(x[0], points_axis), *x[1:]), here, implementation)
+    f_out, w, dists = aggregate_own(metric, (_of_all(x[0], points_axis), *x[1:]), here, implementation)
     # Half precision is summed over devices in the precision in which it was summed over neighbours.
     f_out = total(f_out.astype(w.dtype)).astype(f_out.dtype)
     dists = total(jnp.where(here >= 0, dists, jnp.zeros_like(dists)))

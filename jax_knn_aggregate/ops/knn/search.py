@@ -1,7 +1,7 @@
 """The search primitive: the K nearest points of each query, by a metric of each point's own or by Euclidean distance.
 
 It returns indices alone and has no derivative: distances are recomputed from the indices by the aggregate family
-(``_aggregate.py``), so no derivative ever searches again.
+(``aggregate.py``), so no derivative ever searches again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _ffi, _index
-from ._batch import Shape, batch_shape, known, over_batch, over_merged_batch, size
-from ._metric import ANISOTROPIC, ISOTROPIC, Metric
-from ._primitive import bind, make_primitive, piecewise_constant
+from ...core import ffi
+from ...core.batch import Shape, batch_shape, known, over_batch, over_merged_batch, size
+from ...core.primitive import bind, make_primitive, piecewise_constant
+from . import index as knn_index
+from .metric import ANISOTROPIC, ISOTROPIC, Metric
 
 # The reference computes at most this many distances at a time (64 MiB in float32).
 _CHUNK = 1 << 24
@@ -36,7 +37,7 @@ def search(
     lengths: jax.Array,
     K: int,
     implementation: str | None,
-    index: _index.KnnIndex | None = None,
+    index: knn_index.KnnIndex | None = None,
     warm: jax.Array | None = None,
 ) -> jax.Array:
     """The indices of the K nearest points, int32, −1 where there are fewer than K.
@@ -56,7 +57,7 @@ def search(
 
 
 def _core_ndims(metric: Metric, indexed: bool, warm: bool) -> tuple[int, ...]:
-    return (2, 2, *metric.search_ndims, 0, *(_index.NDIMS if indexed else ()), *((2,) if warm else ()))
+    return (2, 2, *metric.search_ndims, 0, *(knn_index.NDIMS if indexed else ()), *((2,) if warm else ()))
 
 
 def _cores(metric: Metric, *, K: int, indexed: bool, warm: bool) -> tuple[list[str], list[str]]:
@@ -72,7 +73,7 @@ def _outputs(metric: Metric, *avals: Any, K: int, indexed: bool, warm: bool) -> 
 def _kernel(
     metric: Metric, platform: str, *operands: jax.Array, K: int, indexed: bool, warm: bool
 ) -> list[jax.Array] | None:
-    if not _ffi.available(f"{metric.name}_search", platform) or (platform == "cuda" and K > _CUDA_MAX_K):
+    if not ffi.available(f"{metric.name}_search", platform) or (platform == "cuda" and K > _CUDA_MAX_K):
         return None
     call = functools.partial(_call, metric, platform, K, indexed, warm)
     outputs = _outputs(metric, *operands, K=K, indexed=indexed, warm=warm)
@@ -96,16 +97,16 @@ def _call(
         clouds = size(batch_shape(cloud, _core_ndims(metric, False, False)[1:]))
         if not indexed and _cuda_index_pays(known(size(full) * Q, math.inf), P, K, dtype):
             # XLA merges equal calls: searches of one cloud share one index.
-            arrays = _index.emit(metric, platform, *cloud)
+            arrays = knn_index.emit(metric, platform, *cloud)
             assert arrays is not None
             operands, indexed = (*operands[:after_cloud], *arrays, *operands[after_cloud:]), True
         # The search through an index sorts queries: 16 bytes each, and at most a byte each, and a constant, for the
         # sort's histograms. That of all pairs keeps 64 bytes a point for tensor cores, 64 for what is compared in the
         # end, and a few numbers a cloud. The kernel checks that this suffices.
-        of_queries, of_points = 17 * size(full) * Q + (1 << 21), clouds * (128 * (P + 8) + _index.CUDA_EXTENTS + 32)
+        of_queries, of_points = 17 * size(full) * Q + (1 << 21), clouds * (128 * (P + 8) + knn_index.CUDA_EXTENTS + 32)
         results = [*results, jax.ShapeDtypeStruct((of_queries if indexed else of_points,), jnp.uint8)]
     attributes = {"indexed": np.int32(indexed), "warm": np.int32(warm)}
-    return _ffi.call(f"{metric.name}_search", results)(*operands, **attributes)[:1]
+    return ffi.call(f"{metric.name}_search", results)(*operands, **attributes)[:1]
 
 
 def _cuda_index_pays(queries: float, P: int, K: int, dtype: Any) -> bool:
@@ -114,7 +115,7 @@ def _cuda_index_pays(queries: float, P: int, K: int, dtype: Any) -> bool:
     Where tensor cores compare all pairs, a query through the index takes as long as 8,000 points do, and 25,000 with
     K > 32, for which the index keeps a second row of neighbours; building takes about as long as 2e8 pairs; and fewer
     than 8,000 queries leave the GPU idle and take as long. Where they do not, an index takes as long as 2,000 points,
-    and 5e7 pairs to build; long lists are kept so slowly that it pays from 4,000 points on. benchmarks/crossover.py
+    and 5e7 pairs to build; long lists are kept so slowly that it pays from 4,000 points on. benchmarks/knn/crossover.py
     measures both.
     """
     if dtype == jnp.float32 and K <= _CUDA_FILTER_MAX_K:
