@@ -5,12 +5,12 @@
 
 #include <string>
 
-#include "aggregate/aggregate.h"
 #include "common/bind.h"
 #include "common/cpu.h"
-#include "index/index.h"
-#include "invert/invert.h"
-#include "search/search.h"
+#include "knn/aggregate/aggregate.h"
+#include "knn/index/index.h"
+#include "knn/invert/invert.h"
+#include "knn/search/search.h"
 
 namespace nb = nanobind;
 
@@ -43,18 +43,18 @@ nb::dict BuildInfo() {
 // Numbers that the Python side needs as well, by their names there.
 nb::dict Constants() {
   nb::dict numbers;
-  numbers["_batch.MAX_BATCH_AXES"] = knn::kMaxBatchAxes;
-  numbers["_index._LEAF"] = knn::kLeafSize;
-  numbers["_index._FAN_OUT"] = knn::kFanOut;
-  numbers["_index._NODE_ROWS"] = static_cast<int>(knn::kNodeRows);
-  numbers["_index._BASE"] = static_cast<int>(knn::kBase);
-  numbers["_index.CUDA_EXTENTS"] = knn::kExtentsBytes;
-  numbers["_search._CUDA_MAX_K"] = knn::kCudaMaxK;
-  numbers["_search._CUDA_FILTER_MAX_K"] = knn::kFilterMaxK;
-  numbers["_aggregate._PIECE_PAIRS"] = knn::kPiecePairs;
-  numbers["_aggregate._PIECE_TERMS"] = knn::kPieceTerms;
-  numbers["_aggregate._MAX_COUNTED"] = knn::kMaxCounted;
-  numbers["_aggregate._COUNTED_TILE"] = knn::kCountedTile;
+  numbers["core.batch.MAX_BATCH_AXES"] = knn::kMaxBatchAxes;
+  numbers["ops.knn.index._LEAF"] = knn::kLeafSize;
+  numbers["ops.knn.index._FAN_OUT"] = knn::kFanOut;
+  numbers["ops.knn.index._NODE_ROWS"] = static_cast<int>(knn::kNodeRows);
+  numbers["ops.knn.index._BASE"] = static_cast<int>(knn::kBase);
+  numbers["ops.knn.index.CUDA_EXTENTS"] = knn::kExtentsBytes;
+  numbers["ops.knn.search._CUDA_MAX_K"] = knn::kCudaMaxK;
+  numbers["ops.knn.search._CUDA_FILTER_MAX_K"] = knn::kFilterMaxK;
+  numbers["ops.knn.aggregate._PIECE_PAIRS"] = knn::kPiecePairs;
+  numbers["ops.knn.aggregate._PIECE_TERMS"] = knn::kPieceTerms;
+  numbers["ops.knn.aggregate._MAX_COUNTED"] = knn::kMaxCounted;
+  numbers["ops.knn.aggregate._COUNTED_TILE"] = knn::kCountedTile;
   return numbers;
 }
 
@@ -65,7 +65,7 @@ NB_MODULE(_ext, m) {
   m.def("constants", &Constants, "Numbers that stand in Python as well, by module and name there.");
   m.def(
       "filter_error", [] { return nb::make_tuple(knn::kFilterError, knn::kFilterUnderflow); },
-      "The error bound of csrc/search/cuda_filter.cu, for its test.");
+      "The error bound of csrc/knn/search/cuda_filter.cu, for its test.");
   m.def("build_info", &BuildInfo, "How this module was built.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },

@@ -1,7 +1,7 @@
-// Leading batch axes, each of full size or of size 1 (shared, stride 0). The Python side is _batch.py.
+// Leading batch axes, each of full size or of size 1 (shared, stride 0). The Python side is core/batch.py.
 
-#ifndef KNN_COMMON_BATCH_H_
-#define KNN_COMMON_BATCH_H_
+#ifndef JKA_COMMON_BATCH_H_
+#define JKA_COMMON_BATCH_H_
 
 #include "common/numeric.h"
 
@@ -101,4 +101,4 @@ KNN_FN int64_t EntryOf(const Batch& part, const Batch& batch, int64_t b) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_COMMON_BATCH_H_
+#endif  // JKA_COMMON_BATCH_H_

@@ -1,7 +1,7 @@
 // What the FFI files share: choosing types, running kernels on the CPU pool or a CUDA stream, and listing handlers.
 
-#ifndef KNN_COMMON_BIND_H_
-#define KNN_COMMON_BIND_H_
+#ifndef JKA_COMMON_BIND_H_
+#define JKA_COMMON_BIND_H_
 
 #include <vector>
 
@@ -54,4 +54,4 @@ ffi::Error RunCuda(Reader& in, Launch&& launch) {
 
 }  // namespace knn
 
-#endif  // KNN_COMMON_BIND_H_
+#endif  // JKA_COMMON_BIND_H_

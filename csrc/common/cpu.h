@@ -1,7 +1,7 @@
 // How a CPU kernel is described to the code that runs it, and which instruction sets kernels are compiled for.
 
-#ifndef KNN_COMMON_CPU_H_
-#define KNN_COMMON_CPU_H_
+#ifndef JKA_COMMON_CPU_H_
+#define JKA_COMMON_CPU_H_
 
 #include <cstdint>
 
@@ -45,4 +45,4 @@ const char* IsaName(Isa isa);
 
 }  // namespace knn
 
-#endif  // KNN_COMMON_CPU_H_
+#endif  // JKA_COMMON_CPU_H_

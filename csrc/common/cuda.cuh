@@ -1,7 +1,7 @@
 // What the CUDA kernels share: warps and launches.
 
-#ifndef KNN_COMMON_CUDA_CUH_
-#define KNN_COMMON_CUDA_CUH_
+#ifndef JKA_COMMON_CUDA_CUH_
+#define JKA_COMMON_CUDA_CUH_
 
 #include <cuda_runtime.h>
 
@@ -40,4 +40,4 @@ cudaError_t AllowSharedMemory(Kernel* kernel, size_t bytes) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_COMMON_CUDA_CUH_
+#endif  // JKA_COMMON_CUDA_CUH_

@@ -1,8 +1,8 @@
 // Dual numbers: a formula instantiated with them gives its value and its derivative along a tangent, so that forward
 // mode, and second order of a scalar's gradient, need no formulas of their own.
 
-#ifndef KNN_COMMON_DUAL_H_
-#define KNN_COMMON_DUAL_H_
+#ifndef JKA_COMMON_DUAL_H_
+#define JKA_COMMON_DUAL_H_
 
 #include "common/numeric.h"
 
@@ -46,4 +46,4 @@ KNN_FN T Result(Dual<T> x) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_COMMON_DUAL_H_
+#endif  // JKA_COMMON_DUAL_H_

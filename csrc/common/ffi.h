@@ -1,7 +1,7 @@
 // Reads a handler's buffers: checks dtypes and shapes, works out batch axes and strides. Knows XLA and no maths.
 
-#ifndef KNN_COMMON_FFI_H_
-#define KNN_COMMON_FFI_H_
+#ifndef JKA_COMMON_FFI_H_
+#define JKA_COMMON_FFI_H_
 
 #include <initializer_list>
 #include <string>
@@ -196,4 +196,4 @@ class Reader {
 
 }  // namespace knn
 
-#endif  // KNN_COMMON_FFI_H_
+#endif  // JKA_COMMON_FFI_H_

@@ -4,8 +4,8 @@
 // is KNN_FN, always inlined: inline functions of one name compiled with different -m flags would break the
 // one-definition rule, and the linker might keep the AVX-512 copy for every machine.
 
-#ifndef KNN_COMMON_NUMERIC_H_
-#define KNN_COMMON_NUMERIC_H_
+#ifndef JKA_COMMON_NUMERIC_H_
+#define JKA_COMMON_NUMERIC_H_
 
 #include <cfloat>
 #include <cmath>
@@ -149,4 +149,4 @@ KNN_FN void Narrow(float x, Half* out) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_COMMON_NUMERIC_H_
+#endif  // JKA_COMMON_NUMERIC_H_

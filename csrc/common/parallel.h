@@ -1,7 +1,7 @@
 // Runs a CpuKernel on the thread pool that XLA lends to a handler.
 
-#ifndef KNN_COMMON_PARALLEL_H_
-#define KNN_COMMON_PARALLEL_H_
+#ifndef JKA_COMMON_PARALLEL_H_
+#define JKA_COMMON_PARALLEL_H_
 
 #include <algorithm>
 #include <atomic>
@@ -93,4 +93,4 @@ xla::ffi::Future Run(xla::ffi::ThreadPool& pool, const CpuKernel<Args>& kernel, 
 
 }  // namespace knn
 
-#endif  // KNN_COMMON_PARALLEL_H_
+#endif  // JKA_COMMON_PARALLEL_H_

@@ -1,11 +1,11 @@
-// A SIMD vector of scalars that the formulas of metric.h can be instantiated with, for CPU kernels.
+// A SIMD vector of scalars that formulas can be instantiated with, for CPU kernels.
 
-#ifndef KNN_COMMON_SIMD_H_
-#define KNN_COMMON_SIMD_H_
+#ifndef JKA_COMMON_SIMD_H_
+#define JKA_COMMON_SIMD_H_
 
 #include <type_traits>
 
-#include "common/metric.h"
+#include "common/numeric.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -23,7 +23,7 @@ inline constexpr int kVectorBytes = 32;
 inline constexpr int kVectorBytes = 16;
 #endif
 
-// A struct, so that Fma below is found from inside metric.h by its argument.
+// A struct, so that Fma below is found from inside formulas by its argument.
 template <class T>
 struct Vec {
   static constexpr int kLanes = kVectorBytes / sizeof(T);
@@ -276,4 +276,4 @@ KNN_FN int Append(uint32_t mask, Vec<T> x, int32_t first, T* xs, int32_t* number
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_COMMON_SIMD_H_
+#endif  // JKA_COMMON_SIMD_H_

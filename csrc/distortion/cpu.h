@@ -1,5 +1,5 @@
-#ifndef KNN_DISTORTION_CPU_H_
-#define KNN_DISTORTION_CPU_H_
+#ifndef JKA_DISTORTION_CPU_H_
+#define JKA_DISTORTION_CPU_H_
 
 #include "common/cpu.h"
 #include "distortion/distortion.h"
@@ -17,4 +17,4 @@ KNN_FOR_EACH_ISA(KNN_DECLARE)
 
 }  // namespace knn
 
-#endif  // KNN_DISTORTION_CPU_H_
+#endif  // JKA_DISTORTION_CPU_H_

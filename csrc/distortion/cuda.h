@@ -1,5 +1,5 @@
-#ifndef KNN_DISTORTION_CUDA_H_
-#define KNN_DISTORTION_CUDA_H_
+#ifndef JKA_DISTORTION_CUDA_H_
+#define JKA_DISTORTION_CUDA_H_
 
 #include <cuda_runtime_api.h>
 
@@ -14,4 +14,4 @@ cudaError_t LaunchRayOffsets(const RayOffsets& args, cudaStream_t stream);
 
 }  // namespace knn
 
-#endif  // KNN_DISTORTION_CUDA_H_
+#endif  // JKA_DISTORTION_CUDA_H_

@@ -1,7 +1,7 @@
 // What the kernels of the distortion loss take. T is the type of all floats.
 
-#ifndef KNN_DISTORTION_DISTORTION_H_
-#define KNN_DISTORTION_DISTORTION_H_
+#ifndef JKA_DISTORTION_DISTORTION_H_
+#define JKA_DISTORTION_DISTORTION_H_
 
 #include "common/batch.h"
 
@@ -61,4 +61,4 @@ KNN_FN int64_t Rows(const Distortion<T>& a) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_DISTORTION_DISTORTION_H_
+#endif  // JKA_DISTORTION_DISTORTION_H_

@@ -1,4 +1,4 @@
-// Binds the kernels of the distortion loss to XLA; see jax_knn_aggregate/_distortion.py.
+// Binds the kernels of the distortion loss to XLA; see jax_knn_aggregate/ops/distortion/kernels.py.
 //   operands  w (N,)  m (N,)  interval (N,) or (1,)  [offsets (R+1,) int32]
 //             then, where the bit mask `along` says so, tangents of w, m, interval
 //             and, where a gradient is wanted, the cotangent of the loss, () or (R,), and its tangent if `along` has it

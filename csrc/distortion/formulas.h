@@ -25,8 +25,8 @@
 // product of two dual numbers. But w̄ is linear in w: its derivative along w alone is w̄ at v_w, for which no dual
 // numbers are needed.
 
-#ifndef KNN_DISTORTION_FORMULAS_H_
-#define KNN_DISTORTION_FORMULAS_H_
+#ifndef JKA_DISTORTION_FORMULAS_H_
+#define JKA_DISTORTION_FORMULAS_H_
 
 #include "common/dual.h"
 
@@ -85,4 +85,4 @@ KNN_FN int64_t LowerBound(const int32_t* ascending, int64_t n, int32_t key) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_DISTORTION_FORMULAS_H_
+#endif  // JKA_DISTORTION_FORMULAS_H_

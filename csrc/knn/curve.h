@@ -1,7 +1,7 @@
 // Puts points into an order in which neighbours in space are neighbours in memory, for CPU kernels.
 
-#ifndef KNN_COMMON_CURVE_H_
-#define KNN_COMMON_CURVE_H_
+#ifndef JKA_KNN_CURVE_H_
+#define JKA_KNN_CURVE_H_
 
 #include <utility>
 
@@ -87,4 +87,4 @@ void SortAlongCurve(const T* x, int64_t n, uint64_t* keys) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_COMMON_CURVE_H_
+#endif  // JKA_KNN_CURVE_H_

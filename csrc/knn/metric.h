@@ -24,8 +24,8 @@
 //                 d̄ = Rᵀ g + Ṙᵀ ġ      sigmā = a_e u∘u + 2 c u∘u̇      R̄ = g dᵀ + ġ ḋᵀ
 //   isotropic     d̄ = 2 (a_e sigma + c_e sigmȧ) d + 2 (c_D + c_e sigma) ḋ      sigmā = a_e D + c_e s_D
 
-#ifndef KNN_COMMON_METRIC_H_
-#define KNN_COMMON_METRIC_H_
+#ifndef JKA_KNN_METRIC_H_
+#define JKA_KNN_METRIC_H_
 
 #include "common/numeric.h"
 
@@ -249,4 +249,4 @@ struct Isotropic {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_COMMON_METRIC_H_
+#endif  // JKA_KNN_METRIC_H_

@@ -1,7 +1,7 @@
 // Launches every CUDA kernel on small random inputs, for runs under compute-sanitizer. What they compute is compared
 // with an oracle by the Python tests; here it must merely be written everywhere.
 //
-//   nvcc -std=c++17 -DKNN_ISA=cuda -Icsrc csrc/tests/launch_all.cu csrc/*/cuda*.cu -o launch_all
+//   nvcc -std=c++17 -DKNN_ISA=cuda -Icsrc csrc/tests/launch_all.cu $(find csrc -name 'cuda*.cu') -o launch_all
 
 #include <cstdio>
 #include <cstdlib>
@@ -9,11 +9,11 @@
 #include <random>
 #include <vector>
 
-#include "aggregate/cuda.h"
 #include "distortion/cuda.h"
-#include "index/cuda.h"
-#include "invert/cuda.h"
-#include "search/cuda.h"
+#include "knn/aggregate/cuda.h"
+#include "knn/index/cuda.h"
+#include "knn/invert/cuda.h"
+#include "knn/search/cuda.h"
 
 using namespace knn;
 
@@ -96,7 +96,7 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
         "cudaMemcpy");
   Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search with guesses");
 
-  // Scratch is as large as _aggregate.py makes it.
+  // Scratch is as large as ops/knn/aggregate.py makes it.
   const int64_t sets = shared ? 1 : B, pairs = B / sets * Q * K;
   const int64_t sort_bytes = P <= kMaxCounted ? 4 * sets * ((pairs + kCountedTile - 1) / kCountedTile + 1) * (P + 1)
                                               : 13 * sets * pairs + (1 << 21);

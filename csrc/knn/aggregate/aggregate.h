@@ -1,10 +1,10 @@
 // What the kernels of the aggregate op take. T is the arithmetic type, TF that of features.
 
-#ifndef KNN_AGGREGATE_AGGREGATE_H_
-#define KNN_AGGREGATE_AGGREGATE_H_
+#ifndef JKA_KNN_AGGREGATE_AGGREGATE_H_
+#define JKA_KNN_AGGREGATE_AGGREGATE_H_
 
-#include "aggregate/formulas.h"
 #include "common/batch.h"
+#include "knn/aggregate/formulas.h"
 
 namespace knn {
 
@@ -67,4 +67,4 @@ KNN_FN bool WantsPoints(const Aggregate<T, TF>& a) {
 
 }  // namespace knn
 
-#endif  // KNN_AGGREGATE_AGGREGATE_H_
+#endif  // JKA_KNN_AGGREGATE_AGGREGATE_H_

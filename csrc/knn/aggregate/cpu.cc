@@ -6,10 +6,10 @@
 // gathered into blocks, and the metric's code computes a SIMD vector of them at a time. Which pairs share a vector, and
 // so how sums are rounded, depends on the operands alone: not on how many threads there are.
 
-#include "aggregate/cpu.h"
+#include "knn/aggregate/cpu.h"
 
-#include "common/curve.h"
 #include "common/simd.h"
+#include "knn/curve.h"
 
 namespace knn::KNN_ISA {
 namespace {

@@ -1,8 +1,8 @@
-#ifndef KNN_AGGREGATE_CPU_H_
-#define KNN_AGGREGATE_CPU_H_
+#ifndef JKA_KNN_AGGREGATE_CPU_H_
+#define JKA_KNN_AGGREGATE_CPU_H_
 
-#include "aggregate/aggregate.h"
 #include "common/cpu.h"
+#include "knn/aggregate/aggregate.h"
 
 namespace knn {
 
@@ -16,4 +16,4 @@ KNN_FOR_EACH_ISA(KNN_DECLARE)
 
 }  // namespace knn
 
-#endif  // KNN_AGGREGATE_CPU_H_
+#endif  // JKA_KNN_AGGREGATE_CPU_H_

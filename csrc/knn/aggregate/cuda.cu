@@ -9,8 +9,8 @@
 
 #include <cuda_pipeline_primitives.h>
 
-#include "aggregate/cuda.h"
 #include "common/cuda.cuh"
+#include "knn/aggregate/cuda.h"
 
 namespace knn::KNN_ISA {
 namespace {

@@ -1,9 +1,9 @@
-#ifndef KNN_AGGREGATE_CUDA_H_
-#define KNN_AGGREGATE_CUDA_H_
+#ifndef JKA_KNN_AGGREGATE_CUDA_H_
+#define JKA_KNN_AGGREGATE_CUDA_H_
 
 #include <cuda_runtime_api.h>
 
-#include "aggregate/aggregate.h"
+#include "knn/aggregate/aggregate.h"
 
 namespace knn {
 
@@ -12,4 +12,4 @@ cudaError_t LaunchAggregate(const Aggregate<T, TF>& args, MetricKind metric, Agg
 
 }  // namespace knn
 
-#endif  // KNN_AGGREGATE_CUDA_H_
+#endif  // JKA_KNN_AGGREGATE_CUDA_H_

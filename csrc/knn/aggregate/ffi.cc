@@ -9,10 +9,10 @@
 //             want_ct  gradients in the cotangents
 //             and, where a gradient of points is wanted, scratch (Q,K,4), on CUDA also (pieces,2,F+16)
 
-#include "aggregate/cpu.h"
 #include "common/bind.h"
+#include "knn/aggregate/cpu.h"
 #ifdef KNN_CUDA
-#include "aggregate/cuda.h"
+#include "knn/aggregate/cuda.h"
 #endif
 
 namespace knn {

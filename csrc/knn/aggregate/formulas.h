@@ -23,10 +23,10 @@
 // is, nothing in f_out, whatever its feature is, and at every order derivative 0, where the products above would be
 // 0·inf. Such a pair's factor of g is −0, which no other's is.
 
-#ifndef KNN_AGGREGATE_FORMULAS_H_
-#define KNN_AGGREGATE_FORMULAS_H_
+#ifndef JKA_KNN_AGGREGATE_FORMULAS_H_
+#define JKA_KNN_AGGREGATE_FORMULAS_H_
 
-#include "common/metric.h"
+#include "knn/metric.h"
 
 namespace knn {
 
@@ -69,4 +69,4 @@ KNN_FN PairFactors<T> SecondOrderFactors(T w, T b, T ct_w, T ct_d, T a, T s_e) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_AGGREGATE_FORMULAS_H_
+#endif  // JKA_KNN_AGGREGATE_FORMULAS_H_

@@ -1,12 +1,12 @@
 // How short distances to a point can be: lambda and axis of index.h.
 
-#ifndef KNN_INDEX_BOUNDS_H_
-#define KNN_INDEX_BOUNDS_H_
+#ifndef JKA_KNN_INDEX_BOUNDS_H_
+#define JKA_KNN_INDEX_BOUNDS_H_
 
 #include <type_traits>
 
 #include "common/dual.h"
-#include "common/metric.h"
+#include "knn/metric.h"
 
 namespace knn::KNN_ISA {
 
@@ -111,4 +111,4 @@ KNN_FN Factors<double> FactorsOf(const typename Isotropic<T>::Parameters& /*m*/)
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_INDEX_BOUNDS_H_
+#endif  // JKA_KNN_INDEX_BOUNDS_H_

@@ -1,14 +1,14 @@
 // What the CUDA searches and the index builder share: a cloud's points, its extent, and the curve along which points
 // and queries are sorted.
 
-#ifndef KNN_INDEX_CLOUD_CUH_
-#define KNN_INDEX_CLOUD_CUH_
+#ifndef JKA_KNN_INDEX_CLOUD_CUH_
+#define JKA_KNN_INDEX_CLOUD_CUH_
 
 #include <cfloat>
 
 #include "common/cuda.cuh"
-#include "common/metric.h"
-#include "index/index.h"
+#include "knn/index/index.h"
+#include "knn/metric.h"
 
 namespace knn::KNN_ISA {
 
@@ -168,4 +168,4 @@ __device__ __forceinline__ uint64_t PlaceOnCurve(Vec3<float> p, Vec3<float> low,
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_INDEX_CLOUD_CUH_
+#endif  // JKA_KNN_INDEX_CLOUD_CUH_

@@ -7,13 +7,13 @@
 // Phase 1 gathers what decides the order. Phases 2 to 5 make the first splits, each range on a thread of its own, phase
 // 6 the rest, and writes leaves and their nodes. Phase 7 writes the nodes above.
 
-#include "index/cpu.h"
+#include "knn/index/cpu.h"
 
 #include <algorithm>
 #include <limits>
 
 #include "common/simd.h"
-#include "index/bounds.h"
+#include "knn/index/bounds.h"
 
 namespace knn::KNN_ISA {
 namespace {

@@ -1,8 +1,8 @@
-#ifndef KNN_INDEX_CPU_H_
-#define KNN_INDEX_CPU_H_
+#ifndef JKA_KNN_INDEX_CPU_H_
+#define JKA_KNN_INDEX_CPU_H_
 
 #include "common/cpu.h"
-#include "index/index.h"
+#include "knn/index/index.h"
 
 namespace knn {
 
@@ -18,4 +18,4 @@ KNN_FOR_EACH_ISA(KNN_DECLARE)
 
 }  // namespace knn
 
-#endif  // KNN_INDEX_CPU_H_
+#endif  // JKA_KNN_INDEX_CPU_H_

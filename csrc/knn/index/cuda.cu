@@ -2,9 +2,9 @@
 
 #include <cub/device/device_radix_sort.cuh>
 
-#include "index/bounds.h"
-#include "index/cloud.cuh"
-#include "index/cuda.h"
+#include "knn/index/bounds.h"
+#include "knn/index/cloud.cuh"
+#include "knn/index/cuda.h"
 
 namespace knn::KNN_ISA {
 namespace {

@@ -1,9 +1,9 @@
-#ifndef KNN_INDEX_CUDA_H_
-#define KNN_INDEX_CUDA_H_
+#ifndef JKA_KNN_INDEX_CUDA_H_
+#define JKA_KNN_INDEX_CUDA_H_
 
 #include <cuda_runtime_api.h>
 
-#include "index/index.h"
+#include "knn/index/index.h"
 
 namespace knn {
 
@@ -14,4 +14,4 @@ cudaError_t LaunchBuildIndex(const BuildIndex<T>& args, MetricKind metric, void*
 
 }  // namespace knn
 
-#endif  // KNN_INDEX_CUDA_H_
+#endif  // JKA_KNN_INDEX_CUDA_H_

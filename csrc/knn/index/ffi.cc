@@ -1,12 +1,12 @@
-// Binds the index builder to XLA; see build() in jax_knn_aggregate/_index.py.
+// Binds the index builder to XLA; see build() in jax_knn_aggregate/ops/knn/index.py.
 //   operands  p (P,3)  [sigma (P,3)  R (P,3,3)]  lengths ()
 //   results   leaves (leaves,rows,32)  order (leaves,32) int32  nodes (groups,11,32)
 //             on CUDA also scratch (bytes,) uint8, without batch axes
 
 #include "common/bind.h"
-#include "index/cpu.h"
+#include "knn/index/cpu.h"
 #ifdef KNN_CUDA
-#include "index/cuda.h"
+#include "knn/index/cuda.h"
 #endif
 
 namespace knn {

@@ -37,11 +37,11 @@
 // and with t = 2⁻¹³, half of what factors are rounded down by, a node is left out only where its bound is more than x +
 // 2²² m. (Squared Euclidean distances have no u: 8m would do.)
 
-#ifndef KNN_INDEX_INDEX_H_
-#define KNN_INDEX_INDEX_H_
+#ifndef JKA_KNN_INDEX_INDEX_H_
+#define JKA_KNN_INDEX_INDEX_H_
 
 #include "common/batch.h"
-#include "common/metric.h"
+#include "knn/metric.h"
 
 namespace knn {
 
@@ -129,4 +129,4 @@ KNN_FN int64_t LengthOf(const Operand<const int32_t>& lengths, const Batch& batc
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_INDEX_INDEX_H_
+#endif  // JKA_KNN_INDEX_INDEX_H_

@@ -1,6 +1,6 @@
 // Groups pairs by point with a counting sort, one for each set of groups.
 
-#include "invert/cpu.h"
+#include "knn/invert/cpu.h"
 
 namespace knn::KNN_ISA {
 namespace {

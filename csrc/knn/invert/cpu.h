@@ -1,8 +1,8 @@
-#ifndef KNN_INVERT_CPU_H_
-#define KNN_INVERT_CPU_H_
+#ifndef JKA_KNN_INVERT_CPU_H_
+#define JKA_KNN_INVERT_CPU_H_
 
 #include "common/cpu.h"
-#include "invert/invert.h"
+#include "knn/invert/invert.h"
 
 namespace knn {
 
@@ -15,4 +15,4 @@ KNN_FOR_EACH_ISA(KNN_DECLARE)
 
 }  // namespace knn
 
-#endif  // KNN_INVERT_CPU_H_
+#endif  // JKA_KNN_INVERT_CPU_H_

@@ -7,7 +7,7 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "common/cuda.cuh"
-#include "invert/cuda.h"
+#include "knn/invert/cuda.h"
 
 namespace knn::KNN_ISA {
 namespace {

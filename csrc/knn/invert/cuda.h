@@ -1,9 +1,9 @@
-#ifndef KNN_INVERT_CUDA_H_
-#define KNN_INVERT_CUDA_H_
+#ifndef JKA_KNN_INVERT_CUDA_H_
+#define JKA_KNN_INVERT_CUDA_H_
 
 #include <cuda_runtime_api.h>
 
-#include "invert/invert.h"
+#include "knn/invert/invert.h"
 
 namespace knn {
 
@@ -12,4 +12,4 @@ cudaError_t LaunchInvert(const Invert& args, void* scratch, int64_t bytes, cudaS
 
 }  // namespace knn
 
-#endif  // KNN_INVERT_CUDA_H_
+#endif  // JKA_KNN_INVERT_CUDA_H_

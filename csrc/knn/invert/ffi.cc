@@ -1,11 +1,11 @@
-// Binds the grouping of pairs by point to XLA; see invert() in jax_knn_aggregate/_aggregate.py.
+// Binds the grouping of pairs by point to XLA; see invert() in jax_knn_aggregate/ops/knn/aggregate.py.
 //   operands  idxs (Q,K) int32
 //   results   order (pairs,) int32   offsets (P+1,) int32   on CUDA also scratch (bytes,) uint8, without batch axes
 
 #include "common/bind.h"
-#include "invert/cpu.h"
+#include "knn/invert/cpu.h"
 #ifdef KNN_CUDA
-#include "invert/cuda.h"
+#include "knn/invert/cuda.h"
 #endif
 
 namespace knn {

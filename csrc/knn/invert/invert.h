@@ -1,7 +1,7 @@
-// What the grouping of pairs by point takes; see invert() in jax_knn_aggregate/_aggregate.py.
+// What the grouping of pairs by point takes; see invert() in jax_knn_aggregate/ops/knn/aggregate.py.
 
-#ifndef KNN_INVERT_INVERT_H_
-#define KNN_INVERT_INVERT_H_
+#ifndef JKA_KNN_INVERT_INVERT_H_
+#define JKA_KNN_INVERT_INVERT_H_
 
 #include "common/batch.h"
 
@@ -24,4 +24,4 @@ struct Invert {
 
 }  // namespace knn
 
-#endif  // KNN_INVERT_INVERT_H_
+#endif  // JKA_KNN_INVERT_INVERT_H_

@@ -8,14 +8,14 @@
 //
 // Distances of +inf and NaN are never candidates; the rare query that needs them looks for them in the end.
 
-#include "search/cpu.h"
+#include "knn/search/cpu.h"
 
 #include <limits>
 #include <utility>
 
-#include "common/curve.h"
 #include "common/simd.h"
-#include "index/cpu.h"
+#include "knn/curve.h"
+#include "knn/index/cpu.h"
 
 namespace knn::KNN_ISA {
 namespace {

@@ -1,8 +1,8 @@
-#ifndef KNN_SEARCH_CPU_H_
-#define KNN_SEARCH_CPU_H_
+#ifndef JKA_KNN_SEARCH_CPU_H_
+#define JKA_KNN_SEARCH_CPU_H_
 
 #include "common/cpu.h"
-#include "search/search.h"
+#include "knn/search/search.h"
 
 namespace knn {
 
@@ -16,4 +16,4 @@ KNN_FOR_EACH_ISA(KNN_DECLARE)
 
 }  // namespace knn
 
-#endif  // KNN_SEARCH_CPU_H_
+#endif  // JKA_KNN_SEARCH_CPU_H_

@@ -1,6 +1,6 @@
 // Picks how to search on CUDA.
 
-#include "search/cuda.h"
+#include "knn/search/cuda.h"
 
 namespace knn {
 

@@ -1,9 +1,9 @@
-#ifndef KNN_SEARCH_CUDA_H_
-#define KNN_SEARCH_CUDA_H_
+#ifndef JKA_KNN_SEARCH_CUDA_H_
+#define JKA_KNN_SEARCH_CUDA_H_
 
 #include <cuda_runtime_api.h>
 
-#include "search/search.h"
+#include "knn/search/search.h"
 
 namespace knn {
 
@@ -23,4 +23,4 @@ cudaError_t LaunchExhaustiveSearch(const Search<T>& args, MetricKind metric, cud
 
 }  // namespace knn
 
-#endif  // KNN_SEARCH_CUDA_H_
+#endif  // JKA_KNN_SEARCH_CUDA_H_

@@ -4,8 +4,8 @@
 // its distance to each of the warp's queries, so that arithmetic is what binds: a point costs its loads once for all
 // queries, and a query is uniform over the warp.
 
-#include "search/cuda.h"
-#include "search/nearest.cuh"
+#include "knn/search/cuda.h"
+#include "knn/search/nearest.cuh"
 
 namespace knn::KNN_ISA {
 namespace {

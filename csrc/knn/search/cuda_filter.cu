@@ -40,8 +40,8 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 
-#include "search/cuda.h"
-#include "search/nearest.cuh"
+#include "knn/search/cuda.h"
+#include "knn/search/nearest.cuh"
 
 namespace knn::KNN_ISA {
 namespace {

@@ -7,8 +7,8 @@
 
 #include <cub/device/device_radix_sort.cuh>
 
-#include "search/cuda.h"
-#include "search/nearest.cuh"
+#include "knn/search/cuda.h"
+#include "knn/search/nearest.cuh"
 
 namespace knn::KNN_ISA {
 namespace {

@@ -5,9 +5,9 @@
 //   attributes  indexed, warm int32: whether there are these operands
 
 #include "common/bind.h"
-#include "search/cpu.h"
+#include "knn/search/cpu.h"
 #ifdef KNN_CUDA
-#include "search/cuda.h"
+#include "knn/search/cuda.h"
 #endif
 
 namespace knn {

@@ -1,13 +1,13 @@
 // What the CUDA searches share: the list of a query's nearest points, spread over the lanes of its warp, and the search
 // of all points by one warp, for queries that nothing better serves.
 
-#ifndef KNN_SEARCH_NEAREST_CUH_
-#define KNN_SEARCH_NEAREST_CUH_
+#ifndef JKA_KNN_SEARCH_NEAREST_CUH_
+#define JKA_KNN_SEARCH_NEAREST_CUH_
 
 #include <climits>
 
-#include "index/cloud.cuh"
-#include "search/search.h"
+#include "knn/index/cloud.cuh"
+#include "knn/search/search.h"
 
 namespace knn::KNN_ISA {
 
@@ -224,4 +224,4 @@ __device__ __noinline__ void SearchAll(Vec3<T> query, Cloud<M, T> cloud, int K, 
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_SEARCH_NEAREST_CUH_
+#endif  // JKA_KNN_SEARCH_NEAREST_CUH_

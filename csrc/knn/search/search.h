@@ -1,11 +1,11 @@
 // What the kernels of the search take.
 
-#ifndef KNN_SEARCH_SEARCH_H_
-#define KNN_SEARCH_SEARCH_H_
+#ifndef JKA_KNN_SEARCH_SEARCH_H_
+#define JKA_KNN_SEARCH_SEARCH_H_
 
 #include "common/batch.h"
-#include "common/metric.h"
-#include "index/index.h"
+#include "knn/index/index.h"
+#include "knn/metric.h"
 
 namespace knn {
 
@@ -56,4 +56,4 @@ Batch Clouds(const Search<T>& s) {
 
 }  // namespace knn::KNN_ISA
 
-#endif  // KNN_SEARCH_SEARCH_H_
+#endif  // JKA_KNN_SEARCH_SEARCH_H_
