@@ -22,21 +22,21 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers import PLATFORM, REQUIRED  # noqa: E402
 
-from jax_knn_aggregate import _ffi  # noqa: E402
+from jax_knn_aggregate.core import ffi  # noqa: E402
 
 
 def _implementations(platform: str) -> list[str]:
     # "ffi", not None: it raises where a kernel is missing, so that a test of the kernels tests no reference.
-    return ["xla", "ffi"] if _ffi.TARGETS.get(platform) else ["xla"]
+    return ["xla", "ffi"] if ffi.TARGETS.get(platform) else ["xla"]
 
 
 def pytest_configure(config):
     required = os.environ.get("JAX_KNN_AGGREGATE_REQUIRE_KERNELS")
     if not required:
         return
-    if required not in _ffi._REGISTRY_PLATFORM:
+    if required not in ffi._REGISTRY_PLATFORM:
         raise pytest.UsageError(f"JAX_KNN_AGGREGATE_REQUIRE_KERNELS is {required!r}, expected 'cpu' or 'cuda'.")
-    missing = REQUIRED - _ffi.TARGETS.get(required, frozenset())
+    missing = REQUIRED - ffi.TARGETS.get(required, frozenset())
     if missing:
         raise pytest.UsageError(f"Kernels for {required} are required, but these are not registered: {sorted(missing)}")
     if required == "cuda" and required != PLATFORM:
@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    kernels = {platform: len(names) for platform, names in _ffi.TARGETS.items()}
+    kernels = {platform: len(names) for platform, names in ffi.TARGETS.items()}
     return (
         f"JAX_KNN_AGGREGATE_TEST_SEED={SEED}, jax {jax.__version__} on {PLATFORM}, "
         f"implementations {_implementations(PLATFORM)}, kernels registered {kernels or 'none'}"
@@ -86,7 +86,7 @@ def rng(request):
 @pytest.fixture
 def kernels():
     """Skips a test about kernels on a platform for which none were built; returns the platform."""
-    if not _ffi.TARGETS.get(PLATFORM):
+    if not ffi.TARGETS.get(PLATFORM):
         pytest.skip(f"no kernels for {PLATFORM} were built")
     return PLATFORM
 

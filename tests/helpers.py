@@ -158,7 +158,7 @@ def wide(tree):
     return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
-# ---- JAX oracle: derivatives of any order, float64, einsum form; tests/test_oracle.py checks it against the other one
+# ---- JAX oracle: derivatives of any order, float64, einsum form; knn/test_oracle.py checks it against the other one
 
 
 def formula(metric, idxs):

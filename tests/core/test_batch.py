@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_knn_aggregate import _batch
+from jax_knn_aggregate.core import batch
 
 
 def test_batch_shape():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 1, 5, 3), (1, 4, 7), (1, 1))]
-    assert _batch.batch_shape(shapes, (2, 1, 0)) == (2, 4)
-    assert _batch.batch_shape(shapes[:1], (4,)) == ()
+    assert batch.batch_shape(shapes, (2, 1, 0)) == (2, 4)
+    assert batch.batch_shape(shapes[:1], (4,)) == ()
     empty = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((0, 3), (1, 3))]
-    assert _batch.batch_shape(empty, (1, 1)) == (0,)
+    assert batch.batch_shape(empty, (1, 1)) == (0,)
 
 
 def test_over_batch(rng):
@@ -25,13 +25,13 @@ def test_over_batch(rng):
         seen.append((a.shape, b.shape))
         return a @ b
 
-    got = _batch.over_batch(fn, (a, b), (2, 1))
+    got = batch.over_batch(fn, (a, b), (2, 1))
     np.testing.assert_allclose(
         got, np.einsum("abij,abj->abi", np.broadcast_to(a, (2, 3, 4, 5)), np.broadcast_to(b, (2, 3, 5))), rtol=1e-12
     )
     assert seen == [((4, 5), (5,))]
-    assert _batch.over_batch(fn, (a[0, 0], b[0, 0]), (2, 1)).shape == (4,)
-    text = str(jax.make_jaxpr(lambda a, b: _batch.over_batch(lambda a, b: a @ b, (a, b), (2, 1)))(a, b))
+    assert batch.over_batch(fn, (a[0, 0], b[0, 0]), (2, 1)).shape == (4,)
+    text = str(jax.make_jaxpr(lambda a, b: batch.over_batch(lambda a, b: a @ b, (a, b), (2, 1)))(a, b))
     assert "f64[2,3,4,5]" not in text, "a shared operand was copied"
 
 
@@ -44,7 +44,7 @@ def test_fit(shape, rng):
             if any(h != 1 and s == 1 for h, s in zip(have, shape, strict=True))
             else a
         )
-        got = _batch.fit(jnp.asarray(a), shape)
+        got = batch.fit(jnp.asarray(a), shape)
         assert got.shape == shape
         np.testing.assert_allclose(got, np.broadcast_to(want, shape), rtol=1e-12)
 
@@ -66,7 +66,7 @@ def test_fit(shape, rng):
     ids=str,
 )
 def test_merged(batches, merged, full):
-    assert _batch.merged(batches) == (merged, full)
+    assert batch.merged(batches) == (merged, full)
 
 
 def test_merging_keeps_elements_where_they_are(rng):
@@ -75,7 +75,7 @@ def test_merging_keeps_elements_where_they_are(rng):
         full = rng.integers(1, 4, 4)
         batches = [tuple(int(n) if rng.random() < 0.6 else 1 for n in full) for _ in range(3)]
         arrays = [rng.normal(size=b) for b in batches]
-        shapes, total = _batch.merged(batches)
+        shapes, total = batch.merged(batches)
         before = sum(arrays)
         after = sum(a.reshape(s) for a, s in zip(arrays, shapes, strict=True))
         np.testing.assert_array_equal(after.reshape(before.shape), before)
@@ -93,24 +93,24 @@ def test_over_merged_batch(rng):
         assert [s.shape for s in results] == [(6, 4, 5), (6, 1, 5)]
         return [a + b, 2 * a]
 
-    total, twice = _batch.over_merged_batch(kernel, [a, b], 3, outputs)
+    total, twice = batch.over_merged_batch(kernel, [a, b], 3, outputs)
     np.testing.assert_array_equal(total, np.asarray(a) + np.asarray(b))
     np.testing.assert_array_equal(twice, 2 * a)
-    assert _batch.over_merged_batch(lambda *_: None, [a, b], 3, outputs) is None
+    assert batch.over_merged_batch(lambda *_: None, [a, b], 3, outputs) is None
 
 
 def test_over_merged_batch_of_too_many_axes():
-    n = _batch.MAX_BATCH_AXES + 1
+    n = batch.MAX_BATCH_AXES + 1
     operands = [jnp.zeros([2 if axis == i else 1 for axis in range(n)]) for i in range(n)]
     outputs = [jax.ShapeDtypeStruct((2,) * n, operands[0].dtype)]
 
     def kernel(operands, results, full):
         raise AssertionError(f"was called with axes {full}")
 
-    assert _batch.over_merged_batch(kernel, operands, n, outputs) is None
+    assert batch.over_merged_batch(kernel, operands, n, outputs) is None
 
 
 def test_size():
-    assert _batch.size(()) == 1
-    assert _batch.size((2, 0, 3)) == 0
-    assert _batch.size((70000, 70000)) == 4_900_000_000
+    assert batch.size(()) == 1
+    assert batch.size((2, 0, 3)) == 0
+    assert batch.size((70000, 70000)) == 4_900_000_000

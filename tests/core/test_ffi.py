@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 import jax_knn_aggregate as jka
-from jax_knn_aggregate import _ffi
+from jax_knn_aggregate.core import ffi
 
 
 @pytest.mark.parametrize("built, runtime", [((0, 3), (0, 3)), ((0, 3), (0, 5)), ((0, 3), None), ((0, 1), (0, 3))])
 def test_versions_that_work(built, runtime):
-    _ffi.check_api_version(built, runtime)
+    ffi.check_api_version(built, runtime)
 
 
 @pytest.mark.parametrize("built, runtime", [((0, 4), (0, 3)), ((1, 0), (0, 9)), ((0, 3), (1, 5))])
 def test_versions_that_do_not(built, runtime):
     with pytest.raises(ImportError) as error:
-        _ffi.check_api_version(built, runtime)
+        ffi.check_api_version(built, runtime)
     message = str(error.value)
     for word in (".".join(map(str, built)), ".".join(map(str, runtime)), "jaxlib", "pip install"):
         assert word in message, message
@@ -40,21 +40,21 @@ def test_a_wrong_version_registers_nothing(monkeypatch):
     monkeypatch.setattr(jax_knn_aggregate, "_ext", Extension)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: pytest.fail("registered all the same"))
     with pytest.raises(ImportError, match=r"0\.1000000"):
-        _ffi._register()
+        ffi._register()
 
 
 def test_runtime_version_is_found():
-    version = _ffi._runtime_api_version()
+    version = ffi._runtime_api_version()
     assert version is not None
     assert version >= (0, 3)
 
 
 def test_target_names():
     assert isinstance(jka.FFI_TARGETS, tuple)
-    registered = {_ffi.PREFIX + n for names in _ffi.TARGETS.values() for n in names}
+    registered = {ffi.PREFIX + n for names in ffi.TARGETS.values() for n in names}
     assert set(jka.FFI_TARGETS) == registered
     assert len(set(jka.FFI_TARGETS)) == len(jka.FFI_TARGETS)
-    assert set(_ffi.TARGETS) <= {"cpu", "cuda"}
+    assert set(ffi.TARGETS) <= {"cpu", "cuda"}
     for name in jka.FFI_TARGETS:
         roles = r"(aniso|iso)_(index|search|value|jvp|vjp|vjp_vjp)|invert|(flat_)?distortion|ray_offsets"
         assert re.fullmatch(rf"jax_knn_aggregate\.({roles})", name), f"{name} is of no op, or of no role"
@@ -62,7 +62,7 @@ def test_target_names():
 
 def test_kernels_are_complete(kernels):
     """Some kernels without the others would leave a derivative to the reference."""
-    assert _ffi.TARGETS[kernels] >= helpers.REQUIRED
+    assert ffi.TARGETS[kernels] >= helpers.REQUIRED
 
 
 def test_numbers_that_both_sides_know(kernels):
@@ -70,13 +70,13 @@ def test_numbers_that_both_sides_know(kernels):
     from jax_knn_aggregate import _ext
 
     for name, number in _ext.constants().items():
-        module, attribute = name.split(".")
+        module, attribute = name.rsplit(".", 1)
         assert getattr(importlib.import_module(f"jax_knn_aggregate.{module}"), attribute) == number, name
 
 
 def test_availability():
-    assert not _ffi.available("aniso_value", "tpu")
-    assert not _ffi.available("no_such_target", helpers.PLATFORM)
+    assert not ffi.available("aniso_value", "tpu")
+    assert not ffi.available("no_such_target", helpers.PLATFORM)
 
 
 def test_kernels_check_their_operands(kernels, rng):
@@ -97,13 +97,13 @@ def test_kernels_check_their_operands(kernels, rng):
     }
     for what, operands in bad.items():
         with pytest.raises(jax.errors.JaxRuntimeError):
-            jax.block_until_ready(_ffi.call("aniso_value", structs)(*operands))
+            jax.block_until_ready(ffi.call("aniso_value", structs)(*operands))
             pytest.fail(what)
     small = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 2), (4, 3), (4, 2))]
     with pytest.raises(jax.errors.JaxRuntimeError):
-        jax.block_until_ready(_ffi.call("aniso_value", small)(*good))
+        jax.block_until_ready(ffi.call("aniso_value", small)(*good))
     want = helpers.oracle_values("aniso", helpers.wide(x), np.zeros((4, 3), int))
-    for got, w in zip(_ffi.call("aniso_value", structs)(*good), want, strict=True):
+    for got, w in zip(ffi.call("aniso_value", structs)(*good), want, strict=True):
         helpers.assert_close(got, w, 1e-5)
 
 
@@ -112,6 +112,6 @@ def test_kernels_read_nothing_out_of_bounds(kernels, rng):
     x = helpers.tree(helpers.cloud(rng, "aniso", 4, 6, 2))
     wild = jnp.asarray([[0, 6, -1], [2**31 - 1, 5, -(2**31)], [7, 1, 2], [-6, 100000, 3]], jnp.int32)
     structs = [jax.ShapeDtypeStruct(s, jnp.float64) for s in ((4, 2), (4, 3), (4, 3))]
-    got = _ffi.call("aniso_value", structs)(*x, wild)
+    got = ffi.call("aniso_value", structs)(*x, wild)
     for name, g, w in zip(helpers.OUTPUTS, got, helpers.oracle_values("aniso", x, np.asarray(wild)), strict=True):
         helpers.assert_close(g, w, 1e-12, name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_knn_aggregate as jka
-from jax_knn_aggregate import _ffi
+from jax_knn_aggregate.core import ffi
 
 Q, P, F, K = 5, 9, 3, 4
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jka.FFI_TARGETS]
@@ -82,8 +82,8 @@ def test_artifacts_hold_the_kernels(kernels, rng):
 @pytest.fixture
 def cuda_kernels(monkeypatch):
     """The artifact's part for CUDA calls kernels, also where none were built. It is not run then."""
-    if "cuda" not in _ffi.TARGETS:
-        monkeypatch.setitem(_ffi.TARGETS, "cuda", _ffi.TARGETS.get("cpu", frozenset()))
+    if "cuda" not in ffi.TARGETS:
+        monkeypatch.setitem(ffi.TARGETS, "cuda", ffi.TARGETS.get("cpu", frozenset()))
 
 
 def avals(dtype, *shapes):

@@ -1,4 +1,4 @@
-"""The error bound by which tensor cores rule points out (csrc/search/cuda_filter.cu), on a NumPy model of what they do.
+"""The error bound by which tensor cores rule points out (csrc/knn/search/cuda_filter.cu), on a NumPy model of them.
 
 A bound that is too small loses neighbours where no other test may look: once in millions of queries.
 """
@@ -6,7 +6,7 @@ A bound that is too small loses neighbours where no other test may look: once in
 import numpy as np
 import pytest
 
-from jax_knn_aggregate import _ffi
+from jax_knn_aggregate.core import ffi
 
 f16, f32, f64 = np.float16, np.float32, np.float64
 
@@ -76,7 +76,7 @@ def filtered(q, p, sigma, R, add):
     for half in (products[..., :16], products[..., 16:]):
         total = add(total, half)
 
-    relative, absolute = _ffi.filter_error()
+    relative, absolute = ffi.filter_error()
     bound = rounded_up(((1 + reach) * (1 + reach)).astype(f64))[:, None] * rounded_up(
         relative * magnitude / unit + absolute
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_knn_aggregate as jka
-from jax_knn_aggregate import _ffi
+from jax_knn_aggregate.core import ffi
 
 Q, P, F, K = 6, 9, 3, 4
 
@@ -141,7 +141,7 @@ def test_indices_have_no_tangent(implementation, problem):
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.parametrize(
     "platform, path",
-    [("cpu", "xla")] + [(p, "ffi") for p in dict.fromkeys(("cpu", helpers.PLATFORM)) if _ffi.TARGETS.get(p)],
+    [("cpu", "xla")] + [(p, "ffi") for p in dict.fromkeys(("cpu", helpers.PLATFORM)) if ffi.TARGETS.get(p)],
 )
 def test_gradients_repeat_bitwise(metric, platform, path, rng):
     """The same bits from call to call and from compilation to compilation, with many queries on each point."""

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import jax_knn_aggregate as jka
-from jax_knn_aggregate import _aggregate, _distortion
+from jax_knn_aggregate.ops.distortion.kernels import DENSE, FLAT
+from jax_knn_aggregate.ops.knn import aggregate
 
 Q, P, F, K = 13, 17, 7, 5
 ARGUMENTS = helpers.ARGUMENTS
@@ -139,11 +140,11 @@ def test_stated_outputs_are_those_of_the_reference(dtype):
     rest = {"aniso": ((P, 3), (P, 3, 3)), "iso": ((P, 1),)}
     families = [
         (family, (*structs(dtype, (Q, 3), (P, 3)), *structs(of_f, (P, F)), *structs(dtype, *rest[metric.name])), (Q, K))
-        for metric, family in _aggregate._FAMILIES.items()
+        for metric, family in aggregate._FAMILIES.items()
         for of_f in (dtype, jnp.bfloat16)
     ]
-    families += [(_distortion._DENSE, structs(dtype, (Q,), (Q,), width), None) for width in ((Q,), (1,))]
-    families += [(_distortion._FLAT, structs(dtype, (Q,), (Q,), width), (P + 1,)) for width in ((Q,), (1,))]
+    families += [(DENSE, structs(dtype, (Q,), (Q,), width), None) for width in ((Q,), (1,))]
+    families += [(FLAT, structs(dtype, (Q,), (Q,), width), (P + 1,)) for width in ((Q,), (1,))]
     for family, x, of_aux in families:
         aux = () if of_aux is None else structs(jnp.int32, of_aux)
         traced = jax.eval_shape(family.reference, x, aux)

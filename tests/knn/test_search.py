@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_knn_aggregate as jka
-from jax_knn_aggregate import _search
+from jax_knn_aggregate.ops.knn import search
 
 # (batch, Q, P, K): one of each, all of P, more than any tile, odd sizes.
 SIZES = [
@@ -137,10 +137,10 @@ def test_knn_table(implementation, rng):
 def test_reference_in_chunks(metric, rng, monkeypatch):
     x = helpers.cloud(rng, metric, 23, 30, 0, batch=(2,), dtype=np.float32)
     want = helpers.jitted_search(metric, 7, "xla")(x)
-    monkeypatch.setattr(_search, "_CHUNK", 5 * 30 * 2)  # 5 queries at a time, the last chunk not full
+    monkeypatch.setattr(search, "_CHUNK", 5 * 30 * 2)  # 5 queries at a time, the last chunk not full
     got = jax.jit(lambda x: helpers.search(metric, x, 7, implementation="xla"))(x)
     np.testing.assert_array_equal(got.idxs, want.idxs)
-    monkeypatch.setattr(_search, "_CHUNK", 1)  # less than a query
+    monkeypatch.setattr(search, "_CHUNK", 1)  # less than a query
     got = jax.jit(lambda x: helpers.search(metric, x, 7, implementation="xla"))(x)
     np.testing.assert_array_equal(got.idxs, want.idxs)
 
@@ -152,4 +152,4 @@ def test_reference_never_holds_all_distances(metric):
     x = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes[: len(helpers.ARGUMENTS[metric])])
     text = jax.jit(lambda x: helpers.search(metric, x, K, implementation="xla")).lower(x).as_text()
     sizes = [math.prod(map(int, dims.split("x")[:-1])) for dims in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)]
-    assert max(sizes) <= 2 * 3 * _search._CHUNK, f"an array of {max(sizes):.1e} elements; Q·P is {2 * Q * P:.1e}"
+    assert max(sizes) <= 2 * 3 * search._CHUNK, f"an array of {max(sizes):.1e} elements; Q·P is {2 * Q * P:.1e}"

@@ -1,14 +1,15 @@
 """Scenes, queries and points split over the devices of several processes.
 
-    python tests/processes.py --launch 2                      two processes of two CPU devices each, on this machine
-    python tests/processes.py --launch 4 --platform cuda      one process for each of four GPUs
-    python tests/processes.py --processes 2 --id 0 --coordinator HOST:PORT [--platform cuda]       one of them, by hand
+    python tests/project/processes.py --launch 2                  two processes of two CPU devices each, on this machine
+    python tests/project/processes.py --launch 4 --platform cuda  one process for each of four GPUs
+    python tests/project/processes.py --processes 2 --id 0 --coordinator HOST:PORT [--platform cuda]  one, by hand
 
 Each process compares its shards with what it computes alone. Exits with 0 if all agree.
 """
 
 import argparse
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def run(coordinator, processes, process_id, platform):
     gpu = {"local_device_ids": [process_id]} if platform == "cuda" else {}
     jax.distributed.initialize(coordinator, processes, process_id, **gpu)
 
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # where helpers.py is
     import helpers
     import numpy as np
     from jax.sharding import AxisType, NamedSharding

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_knn_aggregate import _doctor, _ffi
+from jax_knn_aggregate import doctor
+from jax_knn_aggregate.core import ffi
 
 FAMILIES = ("knn_aggregate_aniso", "knn_aggregate", "distortion_loss", "flatten_distortion_loss")
 
@@ -19,26 +20,26 @@ def test_command():
     command = [sys.executable, "-P", "-m", "jax_knn_aggregate.cli", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    kernels = "kernels" if _ffi.TARGETS.get("cpu") else "pure JAX"
+    kernels = "kernels" if ffi.TARGETS.get("cpu") else "pure JAX"
     for name in FAMILIES:
         (line,) = (line for line in done.stdout.splitlines() if f"cpu:0: {name}: " in line.lower())
         assert f"{name}: {kernels}, " in line and line.endswith(": ok")
-    for target in _ffi.TARGETS.get("cpu", ()):
+    for target in ffi.TARGETS.get("cpu", ()):
         assert target in done.stdout
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_wrong_kernels_are_found(name, monkeypatch, capsys):
-    right = getattr(_doctor, name)
+    right = getattr(doctor, name)
 
     def wrong(*args, implementation, **options):
         off = 1.0 if implementation == "xla" else 1.001
         out = right(*args, implementation=implementation, **options)
         return jax.tree.map(lambda a: a if a.dtype == np.int32 else off * a, out)
 
-    only = {family[0]: family for family in _doctor._families()}[name]
-    monkeypatch.setattr(_doctor, name, wrong)
-    monkeypatch.setattr(_doctor, "_families", lambda: [only])
-    monkeypatch.setattr(_doctor, "_devices", lambda: jax.devices()[:1])
-    assert _doctor.main() == 1
+    only = {family[0]: family for family in doctor._families()}[name]
+    monkeypatch.setattr(doctor, name, wrong)
+    monkeypatch.setattr(doctor, "_families", lambda: [only])
+    monkeypatch.setattr(doctor, "_devices", lambda: jax.devices()[:1])
+    assert doctor.main() == 1
     assert capsys.readouterr().out.endswith("WRONG\n")
