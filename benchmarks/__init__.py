@@ -1,4 +1,7 @@
-"""Benchmarks. ``python -m benchmarks`` runs them on the device at hand and writes JSON under ``results/``."""
+"""Benchmarks. ``python -m benchmarks`` runs them on the device at hand and writes JSON under ``results/``.
+
+harness/ measures, draws and tabulates; what is measured is in the room of its op.
+"""
 
 import pathlib
 import sys

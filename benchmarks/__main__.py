@@ -13,7 +13,9 @@ import time
 
 import jax
 
-from . import breakdown, crossover, distortion, knn_aggregate, measure, scale, sharding, sweep
+from .distortion import distortion
+from .harness import measure
+from .knn import breakdown, crossover, knn_aggregate, scale, sharding, sweep
 
 SUITES = {
     module.__name__.rpartition(".")[2]: module
@@ -50,9 +52,9 @@ def main() -> None:
         measured = SUITES[name].run(measure.Session(name, 1 if args.quick else args.rounds, args.quick))
         print(measure.write(name, measured, time.perf_counter() - begun, results), flush=True)
     if importlib.util.find_spec("matplotlib") is None:
-        print("No plots: matplotlib is not installed. Draw them anywhere: python -m benchmarks.plots")
+        print("No plots: matplotlib is not installed. Draw them anywhere: python -m benchmarks.harness.plots")
     else:
-        from . import plots
+        from .harness import plots
 
         for path in plots.draw(results, results if args.quick else plots.DOCS):
             print(path)

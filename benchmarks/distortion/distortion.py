@@ -11,7 +11,7 @@ import numpy as np
 
 import jax_knn_aggregate as jka
 
-from .measure import OURS, Case, Program, Session
+from ..harness.measure import OURS, Case, Program, Session
 
 Loss = Callable[..., jax.Array]
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.compare BEFORE AFTER [NAME ...]``: two builds of this package, call by call in turn.
+"""``python -m benchmarks.harness.compare BEFORE AFTER [NAME ...]``: two builds of this package, call by call in turn.
 
 Of all calls, or of those whose names have one of NAME in them. Two builds that are the same show what noise is.
 
@@ -38,7 +38,8 @@ def calls() -> dict[str, Callable[[], Any]]:
 
     import jax_knn_aggregate as jka
 
-    from . import distortion, inputs, knn_aggregate
+    from ..distortion import distortion
+    from ..knn import inputs, knn_aggregate
     from .measure import Program, on_device
 
     large = jax.devices()[0].platform != "cpu"
@@ -91,7 +92,7 @@ def serve() -> None:
 class Build:
     def __init__(self, folder: str):
         env = os.environ | {"PYTHONPATH": str(pathlib.Path(folder).resolve()), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        command = [sys.executable, "-m", "benchmarks.compare", "--serve"]
+        command = [sys.executable, "-m", "benchmarks.harness.compare", "--serve"]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def read(self) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
 OURS = "jax_knn_aggregate"
 
 Times = dict[str, float]
@@ -214,7 +214,7 @@ def _module() -> str:
 
 def environment() -> dict[str, Any]:
     """Machine, versions, date and command of this run."""
-    from jax_knn_aggregate import _ffi
+    from jax_knn_aggregate.core import ffi
 
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "jax_knn_aggregate", "numpy", "scipy", "jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -239,7 +239,7 @@ def environment() -> dict[str, Any]:
         "cpu_threads": threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "build": _ffi.build_info(),
+        "build": ffi.build_info(),
     }
 
 

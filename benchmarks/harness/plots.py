@@ -1,4 +1,4 @@
-"""``python -m benchmarks.plots``: draws the plots of docs/ from ``results/``. Needs matplotlib and no GPU.
+"""``python -m benchmarks.harness.plots``: draws the plots of docs/ from ``results/``. Needs matplotlib and no GPU.
 
 A plot whose results are missing is not drawn; the one there stays as it is.
 """
@@ -11,11 +11,11 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..knn.crossover import rule
 from . import measure
-from .crossover import rule
 from .measure import OURS, number
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 PLATFORMS = ("cuda", "cpu")
 #: The same contestant has the same colour everywhere.
 COLOURS = {
@@ -299,7 +299,7 @@ def draw(results: pathlib.Path = measure.RESULTS, docs: pathlib.Path = DOCS) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.harness.plots")
     parser.add_argument(
         "--results", type=pathlib.Path, default=measure.RESULTS, help="JSON files (default %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scaling``: draws docs/scaling.png and fills the tables of docs/sharding.md from ``results/``.
+"""``python -m benchmarks.harness.scaling``: draws docs/scaling.png and fills in docs/sharding.md from ``results/``.
 
 ``--check`` fails if docs/sharding.md is out of date. The plot needs matplotlib.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from . import measure
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "sharding.md"
 MEASURED = "<!-- measured -->\n", "<!-- /measured -->"
 PLANNED = "<!-- planned -->\n", "<!-- /planned -->"
@@ -133,7 +133,7 @@ def main() -> int:
     new = _filled(_filled(text, MEASURED, "\n".join(map(measured, runs))), PLANNED, planned(runs[0]))
     if "--check" in sys.argv:
         if new != text:
-            print("docs/sharding.md is out of date: run python -m benchmarks.scaling")
+            print("docs/sharding.md is out of date: run python -m benchmarks.harness.scaling")
         return int(new != text)
     PAGE.write_text(new)
     plot(runs[0], DOCS / "scaling.png")

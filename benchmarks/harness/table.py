@@ -1,4 +1,4 @@
-"""``python -m benchmarks.table``: writes the tables of README and docs/performance.md from ``results/``.
+"""``python -m benchmarks.harness.table``: writes the tables of README and docs/performance.md from ``results/``.
 
 ``--check`` fails if one is out of date. Needs no GPU.
 """
@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..knn.crossover import rule
+from ..knn.floors import floors, h200_floors
+from ..knn.knn_aggregate import W1
 from . import measure
-from .crossover import rule
-from .floors import floors, h200_floors
-from .knn_aggregate import W1
 from .measure import OURS, number
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 #: Between ``<!-- benchmarks NAME -->`` and the next ``<!-- /benchmarks -->`` stands what TABLES[NAME] makes.
 MARKS = re.compile(r"(<!-- benchmarks (\w+) -->\n).*?(<!-- /benchmarks -->\n)", re.DOTALL)
@@ -55,11 +55,16 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) + "\n"
 
 
+#: What commands of committed results are called now.
+RENAMED = {"python -m benchmarks.kernels": "python -m benchmarks.knn.kernels"}
+
+
 def _notes(runs: list[Run]) -> str:
     notes = []
     for run in runs:
         env = run["environment"]
-        how = f"`{env['command'].strip()}`" if env["command"] else env["how"].rstrip(".")
+        command = (env["command"] or "").strip()
+        how = f"`{RENAMED.get(command, command)}`" if command else env["how"].rstrip(".")
         notes.append(f"{_device(run)}: {env['date']}, jax {env['versions']['jax']}, {how}.")
     return "\n" + "\n".join(notes) + "\n" if notes else ""
 
@@ -305,7 +310,7 @@ def main() -> int:
             if "--check" not in sys.argv:
                 page.write_text(new)
     if "--check" in sys.argv and stale:
-        print(f"{', '.join(map(str, stale))}: tables are out of date, run python -m benchmarks.table")
+        print(f"{', '.join(map(str, stale))}: tables are out of date, run python -m benchmarks.harness.table")
         return 1
     return 0
 

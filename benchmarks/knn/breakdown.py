@@ -12,11 +12,11 @@ from typing import Any
 import jax
 
 import jax_knn_aggregate as jka
-from jax_knn_aggregate import _aggregate
+from jax_knn_aggregate.ops.knn import aggregate
 
+from ..harness.measure import Case, Program, Session
 from .inputs import Arrays, Clouds
 from .knn_aggregate import W1, ours, steps
-from .measure import Case, Program, Session
 from .scale import STEP
 
 
@@ -42,7 +42,7 @@ def programs(x: Arrays, K: int) -> dict[str, Program]:
 
     return {
         "search": Program(lambda *x: jka.knn_search_aniso(*x, K).idxs, q, p, *metric),
-        "grouping": Program(lambda idxs: _aggregate.invert(platform, idxs, p.shape[0], ()), idxs),
+        "grouping": Program(lambda idxs: aggregate.invert(platform, idxs, p.shape[0], ()), idxs),
         "value": Program(value, idxs, *x),
         "vjp for q": Program(vjp_q, idxs, x, g),
         "vjp_vjp": Program(vjp_vjp, idxs, x, g, v),

@@ -8,10 +8,10 @@ from unittest import mock
 import jax.numpy as jnp
 
 import jax_knn_aggregate as jka
-from jax_knn_aggregate import _search
+from jax_knn_aggregate.ops.knn import search
 
+from ..harness.measure import Case, Program, Session
 from .inputs import Clouds
-from .measure import Case, Program, Session
 
 ALL, INDEX = "all pairs", "index"
 
@@ -36,7 +36,7 @@ def run(session: Session) -> dict[str, Any]:
 
                 contestants = {ALL: Program(all_pairs, q, *cloud), INDEX: Program(indexed, q, *cloud)}
                 cases.append(Case((str(K), str(P), str(Q)), contestants))
-    with mock.patch.object(_search, "_cuda_index_pays", lambda *_: False):
+    with mock.patch.object(search, "_cuda_index_pays", lambda *_: False):
         return {"ms": session.measure(cases)}
 
 
@@ -48,6 +48,6 @@ def rule(ms: dict[str, Any]) -> list[dict[str, Any]]:
             for Q, ways in of_queries.items():
                 times = {way: t["median_ms"] for way, t in ways.items()}
                 sizes = {"K": int(K), "P": int(P), "Q": int(Q)}
-                picked = INDEX if _search._cuda_index_pays(sizes["Q"], sizes["P"], sizes["K"], jnp.float32) else ALL
+                picked = INDEX if search._cuda_index_pays(sizes["Q"], sizes["P"], sizes["K"], jnp.float32) else ALL
                 rows.append({**sizes, "picked": picked, "longer": times[picked] / min(times.values())})
     return rows

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.fresh P=... Q=... F=... K=...``: what a process that has done nothing yet needs for a step.
+"""``python -m benchmarks.knn.fresh P=... Q=... F=... K=...``: what a new process needs for its first step.
 
 Prints JSON: seconds to compile an Eikonal step; how often JAX compiles when the step is called again with other values;
 bytes that XLA plans for steps of the sizes given, and on GPUs the most that the allocator had in use after each.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.kernels [sphere] [uniform]``: what CUDA kernels of an Eikonal step at W1 take, by ncu.
+"""``python -m benchmarks.knn.kernels [sphere] [uniform]``: what CUDA kernels of an Eikonal step at W1 take, by ncu.
 
 Needs ncu, of Nsight Compute. Writes results/kernels-cuda.json.
 """
@@ -14,7 +14,7 @@ import tempfile
 import time
 from typing import Any
 
-from . import measure
+from ..harness import measure
 
 METRICS = {
     "us": "gpu__time_duration.sum",
@@ -44,7 +44,7 @@ def profile(cloud: str) -> str:
         for _ in range(ATTEMPTS):  # under ncu JAX sometimes hangs or crashes
             try:
                 subprocess.run(
-                    [*command, "--log-file", table, sys.executable, "-m", "benchmarks.profile", "eikonal", cloud],
+                    [*command, "--log-file", table, sys.executable, "-m", "benchmarks.knn.profile", "eikonal", cloud],
                     check=True,
                     timeout=90,
                 )

@@ -12,9 +12,9 @@ import numpy as np
 
 import jax_knn_aggregate as jka
 
+from ..harness.measure import OURS, Case, Program, Session
 from . import inputs
 from .ckdtree import ckdtree
-from .measure import OURS, Case, Program, Session
 
 #: The workload that the original op was published with.
 W1 = {"B": 2, "Q": 12288, "P": 4096, "F": 64, "K": 16}

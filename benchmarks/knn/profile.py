@@ -1,4 +1,4 @@
-"""Runs a jitted step a few times, for a profiler to watch: ``ncu ... python -m benchmarks.profile eikonal uniform``."""
+"""Runs a step a few times, for a profiler to watch: ``ncu ... python -m benchmarks.knn.profile eikonal uniform``."""
 
 import sys
 

@@ -15,11 +15,11 @@ import jax
 
 import jax_knn_aggregate as jka
 
-from . import measure
+from ..harness import measure
+from ..harness.measure import OURS, Case, Program, Session
 from .ckdtree import ckdtree
 from .inputs import CLOUDS, Arrays, Clouds
 from .knn_aggregate import elementwise, nearest, ours, steps
-from .measure import OURS, Case, Program, Session
 
 K = 16
 READY, WARM, INDEX, EUCLIDEAN = "ready index", "ready index, warm", "index alone", "Euclidean"
@@ -86,7 +86,7 @@ def run(session: Session) -> dict[str, Any]:
     size = {"P": 1024, "Q": 1024, "F": 8, "K": 4} if session.quick else MEMORY
     arguments = [f"{name}={n}" for name, n in size.items()]
     fresh = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fresh", *arguments], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.knn.fresh", *arguments], check=True, capture_output=True, text=True
     )
     clouds = Clouds(max(*sizes, 0 if session.quick else STEP["P"]))
 

@@ -24,8 +24,8 @@ from jax.sharding import PartitionSpec as S
 
 import jax_knn_aggregate as jka
 
+from ..harness.measure import Session
 from .inputs import rotations
-from .measure import Session
 
 #: B scenes of Q queries and P points with F features. ``split`` is the size that is divided in weak scaling.
 WORKLOADS = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..harness.measure import OURS, Case, Session
 from . import inputs
 from .knn_aggregate import W1, elementwise, ours, plain, steps
-from .measure import OURS, Case, Session
 
 NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FEATURES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
