@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import helpers
 import jax
@@ -243,6 +244,23 @@ def test_entry_points_take_an_index(implementation, rng):
         lambda **o: jka.build_knn_table(p, 6, **o): iso,
     }.items():
         np.testing.assert_array_equal(call(index=index, **options), call(**options))
+
+
+def test_searches_of_one_cloud_share_its_index(kernels, rng):
+    """In one program, that of two searches is built once: XLA merges equal calls."""
+    P = 40_000
+    p, *q = (jnp.asarray(rng.random((n, 3)), jnp.float32) for n in (P, 9000, 8000))
+
+    def both(p, q, r):
+        return jka.knn_search(q, p, 4).idxs, jka.knn_search(r, p, 7).idxs
+
+    compiled = jax.jit(both).lower(p, *q).compile()
+    builds = re.findall(r'custom_call_target="jax_knn_aggregate\.iso_index"', compiled.as_text())
+    assert len(builds) == 1
+    for got, want in zip(
+        compiled(p, *q), (jka.knn_search(x, p, k).idxs for x, k in zip(q, (4, 7), strict=True)), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_no_tangent_flows_through_an_index(implementation, rng):

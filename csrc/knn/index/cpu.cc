@@ -37,7 +37,7 @@ struct Builder {
   struct Range {
     int64_t begin, end;
   };
-  static constexpr int kSplits = kBuildPhases - 3;  // how often a phase of its own splits all ranges there are
+  static constexpr int kSplits = 4;  // how often a phase of its own splits all ranges there are
 
   // Memory of one cloud.
   struct Cloud {

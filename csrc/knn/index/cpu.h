@@ -6,8 +6,6 @@
 
 namespace knn {
 
-inline constexpr int kBuildPhases = 7;  // of the kernel below
-
 #define KNN_DECLARE(isa)                                        \
   namespace isa {                                               \
   template <class T>                                            \

@@ -2,6 +2,7 @@
 //   operands  p (P,3)  [sigma (P,3)  R (P,3,3)]  lengths ()
 //   results   leaves (leaves,rows,32)  order (leaves,32) int32  nodes (groups,11,32)
 //             on CUDA also scratch (bytes,) uint8, without batch axes
+//   attributes  on CPUs, plain int32: whether to leave points as they come and to rule nothing out
 
 #include "common/bind.h"
 #include "knn/index/cpu.h"
@@ -31,18 +32,22 @@ BuildIndex<T> Read(Reader& in, MetricKind metric) {
 }
 
 template <class T>
-ffi::Future CpuOf(ffi::ThreadPool& pool, Reader& in, MetricKind metric) {
-  const BuildIndex<T> args = Read<T>(in, metric);
+ffi::Future CpuOf(ffi::ThreadPool& pool, Reader& in, MetricKind metric, bool plain) {
+  BuildIndex<T> args = Read<T>(in, metric);
+  args.plain = plain;
   return RunCpu(pool, in, KNN_BEST(BuildIndexKernel<T>(metric)), args);
 }
 
 template <MetricKind metric>
-ffi::Future Cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Future Cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t plain) {
   Reader in(args, rets, 2);
-  return in.Type(0) == ffi::DataType::F64 ? CpuOf<double>(pool, in, metric) : CpuOf<float>(pool, in, metric);
+  return in.Type(0) == ffi::DataType::F64 ? CpuOf<double>(pool, in, metric, plain != 0)
+                                          : CpuOf<float>(pool, in, metric, plain != 0);
 }
 
-auto CpuBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(); }
+auto CpuBinding() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int32_t>("plain");
+}
 
 XLA_FFI_DEFINE_HANDLER(kAnisotropicCpu, Cpu<MetricKind::kAnisotropic>, CpuBinding());
 XLA_FFI_DEFINE_HANDLER(kIsotropicCpu, Cpu<MetricKind::kIsotropic>, CpuBinding());

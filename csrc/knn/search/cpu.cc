@@ -15,7 +15,6 @@
 
 #include "common/simd.h"
 #include "knn/curve.h"
-#include "knn/index/cpu.h"
 
 namespace knn::KNN_ISA {
 namespace {
@@ -129,82 +128,10 @@ struct Searcher {
   static constexpr int64_t kRows = kLeafRows<kKind>;
   static constexpr T kMax = std::numeric_limits<T>::max();
 
-  // The index, if the search has to build it: one for each cloud, that is, for the batch entries whose points differ.
-
-  static bool Builds(const Search<T>& s) { return s.index.leaves.data == nullptr; }
-
-  // Without memory for the results.
-  static BuildIndex<T> Build(const Search<T>& s) {
-    BuildIndex<T> build = {Clouds(s), s.P, s.p, s.sigma, s.R, s.lengths, nullptr, nullptr, nullptr, false};
-    // Sorting a point takes as long as its distances to so many queries.
-    constexpr int64_t kFewQueries = 400;
-    build.plain = Count(s.batch) * s.Q < kFewQueries * Count(build.batch);
-    return build;
+  static int64_t KeyBytes(const Search<T>& s) {
+    return CeilDiv(Count(s.batch) * 2 * s.Q * int64_t{sizeof(uint64_t)}, 64) * 64;
   }
-  static BuildIndex<T> Build(const Search<T>& s, void* scratch) {
-    BuildIndex<T> build = Build(s);
-    const Layout at(s, Count(build.batch));
-    char* memory = static_cast<char*>(scratch);
-    build.leaves = reinterpret_cast<T*>(memory + at.leaves);
-    build.order = reinterpret_cast<int32_t*>(memory + at.order);
-    build.nodes = reinterpret_cast<T*>(memory + at.nodes);
-    return build;
-  }
-
-  static Index<T> TheIndex(const Search<T>& s, void* scratch) {
-    if (!Builds(s)) return s.index;
-    const BuildIndex<T> build = Build(s, scratch);
-    const IndexShape shape = ShapeOfIndex(s.P);
-    Index<T> index = {{build.leaves, {}}, {build.order, {}}, {build.nodes, {}}};
-    int64_t clouds = 1;
-    for (int a = s.batch.ndim - 1; a >= 0; --a) {
-      if (build.batch.size[a] > 1) {
-        index.leaves.stride[a] = clouds * shape.leaves * kRows * kLeafSize;
-        index.order.stride[a] = clouds * shape.leaves * kLeafSize;
-        index.nodes.stride[a] = clouds * shape.groups * kNodeRows * kFanOut;
-      }
-      clouds *= build.batch.size[a];
-    }
-    return index;
-  }
-
-  // Where in the scratch memory things are.
-  struct Layout {
-    int64_t keys, candidates, leaves, order, nodes, builder, end;
-
-    Layout(const Search<T>& s, int64_t clouds) {
-      const IndexShape shape = ShapeOfIndex(s.P);
-      end = 0;
-      const auto take = [this](int64_t n, int64_t bytes) {
-        const int64_t begin = end;
-        end += CeilDiv(n * bytes, 64) * 64;
-        return begin;
-      };
-      keys = take(Count(s.batch) * 2 * s.Q, sizeof(uint64_t));
-      candidates = take(Tasks(s), CandidateBytes(s));
-      leaves = take(clouds * shape.leaves * kRows * kLeafSize, sizeof(T));
-      order = take(clouds * shape.leaves * kLeafSize, sizeof(int32_t));
-      nodes = take(clouds * shape.groups * kNodeRows * kFanOut, sizeof(T));
-      builder = end;
-    }
-  };
-
-  static int64_t ScratchBytes(const Search<T>& s) {
-    if (!Builds(s)) return Layout(s, 0).end;
-    const BuildIndex<T> build = Build(s);
-    return Layout(s, Count(build.batch)).builder + BuildIndexKernel<T>(kKind).scratch_bytes(build);
-  }
-
-  template <int phase>
-  static int64_t BuildTasks(const Search<T>& s) {
-    return Builds(s) ? BuildIndexKernel<T>(kKind).phases[phase].tasks(Build(s)) : 0;
-  }
-  template <int phase>
-  static void RunBuild(const Search<T>& s, void* scratch, int64_t task) {
-    const BuildIndex<T> build = Build(s, scratch);
-    void* rest = static_cast<char*>(scratch) + Layout(s, Count(build.batch)).builder;
-    BuildIndexKernel<T>(kKind).phases[phase].run(build, rest, task);
-  }
+  static int64_t ScratchBytes(const Search<T>& s) { return KeyBytes(s) + Tasks(s) * CandidateBytes(s); }
 
   // The order of queries.
 
@@ -411,12 +338,11 @@ struct Searcher {
   }
 
   static void Run(const Search<T>& s, void* scratch, int64_t task) {
-    const Index<T> index = TheIndex(s, scratch);
     Work w;
     w.shape = ShapeOfIndex(s.P);
     w.K = s.K;
     w.capacity = Capacity(s);
-    char* memory = static_cast<char*>(scratch) + Layout(s, 0).candidates + task * CandidateBytes(s);
+    char* memory = static_cast<char*>(scratch) + KeyBytes(s) + task * CandidateBytes(s);
     const int64_t row = w.capacity + kRun;
     T* dist = reinterpret_cast<T*>(memory);
     int32_t* place = reinterpret_cast<int32_t*>(dist + (kTogether + 1) * row);
@@ -427,9 +353,9 @@ struct Searcher {
     for (int64_t n = total * task / tasks; n < total * (task + 1) / tasks; ++n) {
       const int64_t b = n / packets, first = n % packets * kTogether;
       if (b != last_b) {
-        w.leaves = At(index.leaves, s.batch, b);
-        w.order = At(index.order, s.batch, b);
-        w.nodes = At(index.nodes, s.batch, b);
+        w.leaves = At(s.index.leaves, s.batch, b);
+        w.order = At(s.index.order, s.batch, b);
+        w.nodes = At(s.index.nodes, s.batch, b);
         w.length = LengthOf(s.lengths, s.batch, b, s.P);
         w.candidates[kTogether - 1].n = 0;
         last_b = b;
@@ -458,19 +384,14 @@ struct Searcher {
     }
   }
 
-  template <int... phase>
-  static constexpr CpuKernel<Search<T>> Kernel(std::integer_sequence<int, phase...>) {
-    return {&ScratchBytes, {{&BuildTasks<phase>, &RunBuild<phase>}..., {&SortTasks, &SortQueries}, {&Tasks, &Run}}};
-  }
+  static constexpr CpuKernel<Search<T>> kKernel = {&ScratchBytes, {{&SortTasks, &SortQueries}, {&Tasks, &Run}}};
 };
 
 }  // namespace
 
 template <class T>
 CpuKernel<Search<T>> SearchKernel(MetricKind metric) {
-  constexpr std::make_integer_sequence<int, kBuildPhases> kPhases;
-  return metric == MetricKind::kAnisotropic ? Searcher<T, Anisotropic>::Kernel(kPhases)
-                                            : Searcher<T, Isotropic>::Kernel(kPhases);
+  return metric == MetricKind::kAnisotropic ? Searcher<T, Anisotropic>::kKernel : Searcher<T, Isotropic>::kKernel;
 }
 
 template CpuKernel<Search<float>> SearchKernel<float>(MetricKind metric);

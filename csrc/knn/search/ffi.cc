@@ -1,6 +1,7 @@
 // Binds the search kernels to XLA.
 //   operands    q (Q,3)  p (P,3)  [sigma (P,3)  R (P,3,3)]  lengths ()
-//               [index: leaves (leaves,rows,32)  order (leaves,32) int32  nodes (groups,11,32)]  [warm (Q,W) int32]
+//               [index: leaves (leaves,rows,32)  order (leaves,32) int32  nodes (groups,11,32)], on CPUs always
+//               [warm (Q,W) int32]
 //   results     idxs (Q,K) int32   on CUDA also scratch (bytes,) uint8, without batch axes
 //   attributes  indexed, warm int32: whether there are these operands
 
@@ -44,6 +45,7 @@ Search<T> Read(Reader& in, MetricKind metric, bool indexed, bool warm) {
 
 template <class T>
 ffi::Future CpuOf(ffi::ThreadPool& pool, Reader& in, MetricKind metric, bool indexed, bool warm) {
+  if (!indexed) in.Fail("the CPU search needs an index");
   const Search<T> args = Read<T>(in, metric, indexed, warm);
   return RunCpu(pool, in, KNN_BEST(SearchKernel<T>(metric)), args);
 }

@@ -27,7 +27,7 @@ struct Search {
   Operand<const T> R;              // [P, 3, 3]; anisotropic only
   Operand<const int32_t> lengths;  // []; points from that index on do not exist
 
-  // Null data where there is no index: the kernel then compares all pairs, or sorts in its own way.
+  // On CUDA null data where there is no index: the kernel then compares all pairs.
   Index<T> index;
 
   // Guesses at neighbours, any integers. Those that name points bound the search radius from the start in the CUDA

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ...core import ffi
 from ...core.batch import batch_shape, over_batch, over_merged_batch, size
@@ -95,18 +96,22 @@ def _outputs(metric: Metric, *avals: Any) -> list[Struct]:
     return structs(metric, batch_shape(avals, _core_ndims(metric)), avals[0].shape[-2], avals[0].dtype)
 
 
-def emit(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:
-    """Calls the builder for operands of at most MAX_BATCH_AXES batch axes; None where there is none."""
+def emit(metric: Metric, platform: str, *operands: jax.Array, plain: bool = False) -> list[jax.Array] | None:
+    """Calls the builder for operands of at most MAX_BATCH_AXES batch axes; None where there is none.
+
+    plain: on CPUs, whether to leave points as they come and to rule nothing out.
+    """
     target = f"{metric.name}_index"
     if not ffi.available(target, platform):
         return None
     results = _outputs(metric, *operands)
-    if platform == "cuda":
-        # 24 bytes a point for sort keys and indices, twice each; the extent; and at most a byte a point, and a
-        # constant, for the sort's histograms. The kernel checks that this suffices.
-        clouds, P = size(batch_shape(operands, _core_ndims(metric))), operands[0].shape[-2]
-        results.append(Struct((clouds * (25 * P + CUDA_EXTENTS) + (1 << 21),), jnp.uint8))
-    return list(ffi.call(target, results)(*operands)[:3])
+    if platform == "cpu":
+        return list(ffi.call(target, results, plain=np.int32(plain))(*operands))
+    # 24 bytes a point for sort keys and indices, twice each; the extent; and at most a byte a point, and a constant,
+    # for the sort's histograms. The kernel checks that this suffices.
+    clouds, P = size(batch_shape(operands, _core_ndims(metric))), operands[0].shape[-2]
+    scratch = Struct((clouds * (25 * P + CUDA_EXTENTS) + (1 << 21),), jnp.uint8)
+    return list(ffi.call(target, [*results, scratch])(*operands)[:3])
 
 
 def _kernel(metric: Metric, platform: str, *operands: jax.Array) -> list[jax.Array] | None:

@@ -27,6 +27,8 @@ _CHUNK = 1 << 24
 # And this many queries, where jax.export does not say how many there are.
 _SYMBOLIC_CHUNK = 256
 _CUDA_MAX_K, _CUDA_FILTER_MAX_K = 256, 64
+# On CPUs, sorting a point into an index takes as long as its distances to so many queries.
+_CPU_FEW_QUERIES = 400
 
 
 def search(
@@ -90,16 +92,17 @@ def _call(
     results: list[jax.ShapeDtypeStruct],
     full: Shape,
 ) -> Sequence[jax.Array]:
+    Q, P, dtype = operands[0].shape[-2], operands[1].shape[-2], operands[0].dtype
+    after_cloud = 3 + len(metric.search_ndims)
+    cloud = operands[1:after_cloud]
+    clouds = size(batch_shape(cloud, _core_ndims(metric, False, False)[1:]))
+    queries = known(size(full) * Q, math.inf)
+    if not indexed and (platform == "cpu" or _cuda_index_pays(queries, P, K, dtype)):
+        # XLA merges equal calls: searches of one cloud share one index.
+        arrays = knn_index.emit(metric, platform, *cloud, plain=queries < _CPU_FEW_QUERIES * known(clouds, 1))
+        assert arrays is not None
+        operands, indexed = (*operands[:after_cloud], *arrays, *operands[after_cloud:]), True
     if platform == "cuda":
-        Q, P, dtype = operands[0].shape[-2], operands[1].shape[-2], operands[0].dtype
-        after_cloud = 3 + len(metric.search_ndims)
-        cloud = operands[1:after_cloud]
-        clouds = size(batch_shape(cloud, _core_ndims(metric, False, False)[1:]))
-        if not indexed and _cuda_index_pays(known(size(full) * Q, math.inf), P, K, dtype):
-            # XLA merges equal calls: searches of one cloud share one index.
-            arrays = knn_index.emit(metric, platform, *cloud)
-            assert arrays is not None
-            operands, indexed = (*operands[:after_cloud], *arrays, *operands[after_cloud:]), True
         # The search through an index sorts queries: 16 bytes each, and at most a byte each, and a constant, for the
         # sort's histograms. That of all pairs keeps 64 bytes a point for tensor cores, 64 for what is compared in the
         # end, and a few numbers a cloud. The kernel checks that this suffices.
