@@ -40,29 +40,35 @@ nb::dict BuildInfo() {
   return info;
 }
 
-// Numbers that the Python side needs as well, by their names there.
-nb::dict Constants() {
-  nb::dict numbers;
-  numbers["core.batch.MAX_BATCH_AXES"] = knn::kMaxBatchAxes;
-  numbers["ops.knn.index._LEAF"] = knn::kLeafSize;
-  numbers["ops.knn.index._FAN_OUT"] = knn::kFanOut;
-  numbers["ops.knn.index._NODE_ROWS"] = static_cast<int>(knn::kNodeRows);
-  numbers["ops.knn.index._BASE"] = static_cast<int>(knn::kBase);
-  numbers["ops.knn.index.CUDA_EXTENTS"] = knn::kExtentsBytes;
-  numbers["ops.knn.search._CUDA_MAX_K"] = knn::kCudaMaxK;
-  numbers["ops.knn.search._CUDA_FILTER_MAX_K"] = knn::kFilterMaxK;
-  numbers["ops.knn.aggregate._PIECE_PAIRS"] = knn::kPiecePairs;
-  numbers["ops.knn.aggregate._PIECE_TERMS"] = knn::kPieceTerms;
-  numbers["ops.knn.aggregate._MAX_COUNTED"] = knn::kMaxCounted;
-  numbers["ops.knn.aggregate._COUNTED_TILE"] = knn::kCountedTile;
-  return numbers;
+// Sizes, limits and layouts that Python asks for, since it allocates what kernels read and write.
+nb::dict Numbers() {
+  nb::dict n;
+  n["batch_axes"] = knn::kMaxBatchAxes;
+  n["index.leaf"] = knn::kLeafSize;
+  n["index.fan_out"] = knn::kFanOut;
+  n["index.node_rows"] = static_cast<int>(knn::kNodeRows);
+  n["index.base"] = static_cast<int>(knn::kBase);
+  n["cuda.sort_bytes"] = knn::kSortBytes;
+  n["cuda.index_bytes_of_point"] = knn::kIndexBytesOfPoint;
+  n["cuda.index_bytes_of_cloud"] = knn::kExtentsBytes;
+  n["cuda.search_bytes_of_query"] = knn::kSearchBytesOfQuery;
+  n["cuda.filter_bytes_of_point"] = knn::kFilterBytesOfPoint;
+  n["cuda.filter_bytes_of_cloud"] = knn::kFilterBytesOfCloud;
+  n["cuda.search_max_K"] = knn::kCudaMaxK;
+  n["cuda.filter_max_K"] = knn::kFilterMaxK;
+  n["cuda.invert_bytes_of_pair"] = knn::kInvertBytesOfPair;
+  n["cuda.invert_max_counted"] = knn::kMaxCounted;
+  n["cuda.invert_tile"] = knn::kCountedTile;
+  n["cuda.piece_pairs"] = knn::kPiecePairs;
+  n["cuda.piece_terms"] = knn::kPieceTerms;
+  return n;
 }
 
 }  // namespace
 
 NB_MODULE(_ext, m) {
   m.def("registrations", &Registrations, "FFI handlers as capsules, by platform and target name.");
-  m.def("constants", &Constants, "Numbers that stand in Python as well, by module and name there.");
+  m.def("numbers", &Numbers, "Sizes, limits and layouts of kernels, by name.");
   m.def(
       "filter_error", [] { return nb::make_tuple(knn::kFilterError, knn::kFilterUnderflow); },
       "The error bound of csrc/knn/search/cuda_filter.cu, for its test.");

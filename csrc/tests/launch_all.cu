@@ -3,6 +3,7 @@
 //
 //   nvcc -std=c++17 -DKNN_ISA=cuda -Icsrc csrc/tests/launch_all.cu $(find csrc -name 'cuda*.cu') -o launch_all
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -74,7 +75,10 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   search.idxs = Allocate<int32_t>(B * Q * K);
   // In every way: all pairs compared, by the filter and without, and through an index, with guesses and without.
   const int64_t clouds = shared ? 1 : B;
-  const int64_t bytes = 32 * (B * Q + clouds * P) + clouds * (128 * (P + 8) + kExtentsBytes + 32) + (1 << 21);
+  const int64_t of_index = P * kIndexBytesOfPoint + kExtentsBytes,
+                of_filter = P * kFilterBytesOfPoint + kFilterBytesOfCloud;
+  const int64_t bytes =
+      std::max({clouds * of_index + kSortBytes, clouds * of_filter, B * Q * kSearchBytesOfQuery + kSortBytes});
   void* const memory = Allocate<uint8_t>(bytes);
   Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search");
   Check(LaunchExhaustiveSearch(search, metric, nullptr), "exhaustive search");
@@ -99,7 +103,7 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   // Scratch is as large as ops/knn/aggregate.py makes it.
   const int64_t sets = shared ? 1 : B, pairs = B / sets * Q * K;
   const int64_t sort_bytes = P <= kMaxCounted ? 4 * sets * ((pairs + kCountedTile - 1) / kCountedTile + 1) * (P + 1)
-                                              : 13 * sets * pairs + (1 << 21);
+                                              : kInvertBytesOfPair * sets * pairs + kSortBytes;
   Invert invert = {batch, kept, P, pairs, Q * K, search.idxs};
   invert.order = Allocate<int32_t>(sets * pairs);
   invert.offsets = Allocate<int32_t>(sets * (P + 1));

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
+from . import ffi
+
 Shape = tuple[int, ...]
 T = TypeVar("T")
 
-#: Kernels take up to this many merged axes (kMaxBatchAxes in csrc/common/batch.h).
-MAX_BATCH_AXES = 6
+#: Kernels take up to this many merged axes (kMaxBatchAxes of csrc/common/batch.h).
+MAX_BATCH_AXES = ffi.number("batch_axes")
 
 
 def batch_shape(operands: Sequence[Any], core_ndims: Sequence[int]) -> Shape:

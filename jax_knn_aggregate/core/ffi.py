@@ -69,6 +69,7 @@ def _register() -> dict[str, frozenset[str]]:
     return registered
 
 
+_NUMBERS: dict[str, int] = _extension().numbers()
 #: For each platform, the targets that have kernels there (without prefix).
 TARGETS: dict[str, frozenset[str]] = _register()
 #: Names of all custom-call targets, for the safety checks of ``jax.export``.
@@ -92,6 +93,11 @@ def bits(values: Iterable[Any]) -> np.int32:
 def present(*groups: Iterable[Any]) -> list[Any]:
     """Those of all groups' values that are not None."""
     return [a for group in groups for a in group if a is not None]
+
+
+def number(name: str) -> int:
+    """A size, limit or layout of the kernels, as ``csrc/module.cc`` names it."""
+    return _NUMBERS[name]
 
 
 def filter_error() -> tuple[float, float]:

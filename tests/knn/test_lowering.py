@@ -127,7 +127,8 @@ def test_entry_points_call_kernels(kernels, rng):
         lambda *x: jka.knn_aggregate_aniso_precomputed(*x, idxs): {"aniso_value": 1},
         lambda q, p, f, sigma, R: jka.knn_aggregate_precomputed(q, p, f, sigma[:, :1], idxs): {"iso_value": 1},
     }.items():
-        assert calls(fn, x) == want
+        # On CPUs every search has an index, on CUDA those of large clouds.
+        assert {name: n for name, n in calls(fn, x).items() if not name.endswith("_index")} == want
 
 
 def structs(dtype, *shapes):

@@ -49,8 +49,12 @@ inline constexpr int kLeafSize = 32;  // points of a leaf
 inline constexpr int kFanOut = 32;    // nodes of a group
 inline constexpr int kMaxLevels = 7;  // for 2³¹ points
 
-// Scratch of the CUDA kernels: what they find out about the extent of a cloud (cloud.cuh).
-inline constexpr int64_t kExtentsBytes = 64 * 28;
+// Scratch of CUDA kernels that sort by radix: at most a byte an item, and this, for CUB's histograms. Launches check
+// that it suffices.
+inline constexpr int64_t kSortBytes = 1 << 21;
+// Of the CUDA builder: sort keys and indices, twice each, and the sort's byte; and what it finds out about the extent
+// of a cloud (cloud.cuh).
+inline constexpr int64_t kIndexBytesOfPoint = 2 * (8 + 4) + 1, kExtentsBytes = 64 * 28;
 
 // Rows of a group.
 enum NodeRow { kLow = 0, kHigh = 3, kBase = 6, kLambda = 7, kAxis = 8, kNodeRows = 11 };

@@ -9,6 +9,8 @@ namespace knn {
 
 // On CUDA: points that a counting sort is for, as their counts fit shared memory, and pairs that it counts together.
 inline constexpr int64_t kMaxCounted = 8192, kCountedTile = 2048;
+// Scratch of the radix sort for more points: keys twice, pair numbers once, and the sort's byte.
+inline constexpr int64_t kInvertBytesOfPair = 3 * 4 + 1;
 
 struct Invert {
   Batch batch;    // of idxs

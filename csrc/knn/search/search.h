@@ -12,6 +12,12 @@ namespace knn {
 inline constexpr int kCudaMaxK = 256;   // of the CUDA searches
 inline constexpr int kFilterMaxK = 64;  // of cuda_filter.cu
 
+// Scratch of the CUDA searches. Through an index: sort keys and numbers of queries, twice each, and the sort's byte. By
+// the filter: what tensor cores read of a point, and what is compared in the end; of a cloud, points that fill the last
+// tile, its extent and its frame.
+inline constexpr int64_t kSearchBytesOfQuery = 2 * (4 + 4) + 1, kFilterBytesOfPoint = 64 + 64,
+                         kFilterBytesOfCloud = 8 * kFilterBytesOfPoint + kExtentsBytes + 32;
+
 // Its error bound, see there: relative to the metric's magnitude, and in units of the scaled polynomial.
 inline constexpr double kFilterError = 0x1p-17, kFilterUnderflow = 0x1p-21;
 

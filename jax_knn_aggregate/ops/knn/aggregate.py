@@ -28,9 +28,6 @@ Operands = tuple[jax.Array, ...]
 Sparse = tuple[jax.Array | None, ...]
 MaybeStructs = tuple[Struct | None, ...]
 
-# Of the CUDA kernels: kPiecePairs and kPieceTerms of aggregate.h, kMaxCounted and kCountedTile of invert.h.
-_PIECE_PAIRS, _PIECE_TERMS, _MAX_COUNTED, _COUNTED_TILE = 64, 16, 8192, 2048
-
 
 def _reference(metric: Metric, x: Operands, aux: Operands) -> tuple[jax.Array, ...]:
     """q (Q,3), p (P,3), f (P,F), parameters (P,...); idxs (Q,K) -> f_out (Q,F), w (Q,K), dists (Q,K)."""
@@ -154,8 +151,8 @@ def _call_with_inverse(
         scratch = [Struct(batch + idxs.shape[depth:] + (4,), x[0].dtype)]
         if platform == "cuda":
             # Sums over pieces of the grouped pairs, for up to two points each: features and terms of the metric.
-            pieces = -(-inverse[0].shape[-1] // _PIECE_PAIRS)
-            scratch.append(Struct((*kept, pieces, 2, x[2].shape[-1] + _PIECE_TERMS), x[0].dtype))
+            pieces = -(-inverse[0].shape[-1] // ffi.number("cuda.piece_pairs"))
+            scratch.append(Struct((*kept, pieces, 2, x[2].shape[-1] + ffi.number("cuda.piece_terms")), x[0].dtype))
     got = ffi.call(target, [*given, *scratch])(*x, *aux, *more, **masks)
     return [fit(a, s.shape) for a, s in zip(got[: len(wanted)], wanted, strict=True)]
 
@@ -182,11 +179,12 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
         return None
     results = [Struct((*kept, pairs), jnp.int32), Struct((*kept, P + 1), jnp.int32)]
     if platform == "cuda":
-        # The kernel checks that its scratch suffices. Few points: how many pairs each tile has for each point, and
-        # their sums. Many: keys and pair numbers, each twice, for a radix sort that alternates between buffers (one
-        # is the result); and at most a byte a pair, and a constant, for its histograms.
-        counts, buffers = 4 * (-(-pairs // _COUNTED_TILE) + 1) * (P + 1), 13 * pairs
-        nbytes = size(kept) * counts if P <= _MAX_COUNTED else size(kept) * buffers + (1 << 21)
+        # Few points: how many pairs each tile has for each point, and their sums. Many: a radix sort.
+        most_counted = ffi.number("cuda.invert_max_counted")
+        if most_counted >= P:
+            nbytes = size(kept) * (-(-pairs // ffi.number("cuda.invert_tile")) + 1) * (P + 1) * 4
+        else:
+            nbytes = size(kept) * pairs * ffi.number("cuda.invert_bytes_of_pair") + ffi.number("cuda.sort_bytes")
         results.append(Struct((nbytes,), jnp.uint8))
     return list(ffi.call("invert", results)(idxs)[:2])
 

@@ -22,9 +22,7 @@ from .metric import ANISOTROPIC, ISOTROPIC, Metric
 
 Struct = jax.ShapeDtypeStruct
 
-_LEAF, _FAN_OUT, _NODE_ROWS, _BASE = 32, 32, 11, 6  # kLeafSize, kFanOut, kNodeRows, kBase of index.h
-#: Bytes of scratch that CUDA kernels take for the extent of a cloud: 64 parts. kExtentsBytes of index.h.
-CUDA_EXTENTS = 64 * 28
+_LEAF, _FAN_OUT, _NODE_ROWS, _BASE = (ffi.number(f"index.{n}") for n in ("leaf", "fan_out", "node_rows", "base"))
 #: Core axes of leaves, order, nodes.
 NDIMS = (3, 2, 3)
 
@@ -107,10 +105,9 @@ def emit(metric: Metric, platform: str, *operands: jax.Array, plain: bool = Fals
     results = _outputs(metric, *operands)
     if platform == "cpu":
         return list(ffi.call(target, results, plain=np.int32(plain))(*operands))
-    # 24 bytes a point for sort keys and indices, twice each; the extent; and at most a byte a point, and a constant,
-    # for the sort's histograms. The kernel checks that this suffices.
     clouds, P = size(batch_shape(operands, _core_ndims(metric))), operands[0].shape[-2]
-    scratch = Struct((clouds * (25 * P + CUDA_EXTENTS) + (1 << 21),), jnp.uint8)
+    of_cloud = P * ffi.number("cuda.index_bytes_of_point") + ffi.number("cuda.index_bytes_of_cloud")
+    scratch = Struct((clouds * of_cloud + ffi.number("cuda.sort_bytes"),), jnp.uint8)
     return list(ffi.call(target, [*results, scratch])(*operands)[:3])
 
 

@@ -26,7 +26,7 @@ from .metric import ANISOTROPIC, ISOTROPIC, Metric
 _CHUNK = 1 << 24
 # And this many queries, where jax.export does not say how many there are.
 _SYMBOLIC_CHUNK = 256
-_CUDA_MAX_K, _CUDA_FILTER_MAX_K = 256, 64
+_CUDA_MAX_K, _CUDA_FILTER_MAX_K = ffi.number("cuda.search_max_K"), ffi.number("cuda.filter_max_K")
 # On CPUs, sorting a point into an index takes as long as its distances to so many queries.
 _CPU_FEW_QUERIES = 400
 
@@ -103,11 +103,12 @@ def _call(
         assert arrays is not None
         operands, indexed = (*operands[:after_cloud], *arrays, *operands[after_cloud:]), True
     if platform == "cuda":
-        # The search through an index sorts queries: 16 bytes each, and at most a byte each, and a constant, for the
-        # sort's histograms. That of all pairs keeps 64 bytes a point for tensor cores, 64 for what is compared in the
-        # end, and a few numbers a cloud. The kernel checks that this suffices.
-        of_queries, of_points = 17 * size(full) * Q + (1 << 21), clouds * (128 * (P + 8) + knn_index.CUDA_EXTENTS + 32)
-        results = [*results, jax.ShapeDtypeStruct((of_queries if indexed else of_points,), jnp.uint8)]
+        if indexed:
+            scratch = size(full) * Q * ffi.number("cuda.search_bytes_of_query") + ffi.number("cuda.sort_bytes")
+        else:
+            of_cloud = P * ffi.number("cuda.filter_bytes_of_point") + ffi.number("cuda.filter_bytes_of_cloud")
+            scratch = clouds * of_cloud
+        results = [*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)]
     attributes = {"indexed": np.int32(indexed), "warm": np.int32(warm)}
     return ffi.call(f"{metric.name}_search", results)(*operands, **attributes)[:1]
 
