@@ -31,7 +31,8 @@ import helpers
 INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
 HALF = [jnp.bfloat16, jnp.float16]
 #: Relative errors in norm up to which nobody asks how far off rounded operands alone would be, by the result's dtype.
-TOLERANCE = {"float64": 1e-10, "float32": 3e-5, "bfloat16": 1e-2, "float16": 2e-3}
+#: Half precision has two roundings where a derivative is the sum of two kernels' results.
+TOLERANCE = {"float64": 1e-10, "float32": 3e-5, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 def pick(rng, *options):
@@ -272,7 +273,8 @@ class Problem:
 
     def check_loop(self, rng, report, d, y):
         at = tuple(int(rng.integers(n)) for n in self.levels)
-        one = jax.tree.map(np.asarray, self.call(self.item(fixed(d), at)))
+        # Arrays of JAX, not of NumPy, which does not flush subnormals: in one way of computing, all have the same bits.
+        one = jax.tree.map(np.asarray, self.call(helpers.tree(self.item(fixed(d), at))))
         for name, a in one.items():
             b = y[name][at]
             if np.issubdtype(a.dtype, np.integer):
