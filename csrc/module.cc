@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 
 #include <string>
+#include <vector>
 
 #include "common/bind.h"
 #include "common/cpu.h"
@@ -13,6 +14,17 @@
 #include "knn/search/search.h"
 
 namespace nb = nanobind;
+
+namespace knn {
+
+// Of each room's FFI files.
+std::vector<Registration> IndexRegistrations();
+std::vector<Registration> SearchRegistrations();
+std::vector<Registration> AggregateRegistrations();
+std::vector<Registration> InvertRegistrations();
+std::vector<Registration> DistortionRegistrations();
+
+}  // namespace knn
 
 namespace {
 

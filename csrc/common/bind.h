@@ -20,12 +20,6 @@ struct Registration {
   XLA_FFI_Handler* handler;
 };
 
-std::vector<Registration> IndexRegistrations();
-std::vector<Registration> SearchRegistrations();
-std::vector<Registration> AggregateRegistrations();
-std::vector<Registration> InvertRegistrations();
-std::vector<Registration> DistortionRegistrations();
-
 inline bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
 
 // Runs `kernel` unless reading the buffers failed.
