@@ -182,7 +182,7 @@ def test_accuracy_of_each_ray(N, tolerance, implementation, rng):
     B = 6
     ids = np.repeat(np.arange(-1, B), [1] + [N] * B).astype(np.int32)
 
-    @jax.jit
+    @helpers.user_jit
     def values_and_gradients(w, m, interval):
         def padded(x):
             return loss(tuple(jnp.pad(a.ravel(), (1, 0)) for a in x), ids, B, implementation=implementation)
@@ -233,7 +233,7 @@ def test_long_rays(which, implementation, rng):
         return gradient(*chosen), second(*chosen)
 
     oracle = jax.jit(functools.partial(derivatives, lambda x: one_ray(*x)))
-    ours = jax.jit(
+    ours = helpers.user_jit(
         functools.partial(
             derivatives, lambda x: loss(x, ids, len(lengths), reduction="sum", implementation=implementation)
         )
@@ -300,7 +300,7 @@ def test_long_rays_without_gradients_of_samples(implementation, rng):
 def test_never_negative(implementation, rng):
     """A million rays: uneven weights, narrow and far from the origin."""
     B, N = 250_000, 9
-    fn = jax.jit(lambda w, m: loss((w, m, 0.0), implementation=implementation))
+    fn = helpers.user_jit(lambda w, m: loss((w, m, 0.0), implementation=implementation))
     for origin, width in ((0, 1), (1000, 1), (1000, 1e-3), (-5e4, 0.1)):
         w = np.exp(rng.normal(-4, 4, (B, N))).astype(np.float32)
         m = np.sort((origin + width * rng.random((B, N))).astype(np.float32), -1)
@@ -566,7 +566,7 @@ def test_what_runs(kernels, rng):
 def test_gradients_repeat_bitwise(kernels, rng):
     x, ids = flat(rng, rng.integers(0, 900, 200))
     x = tuple(jnp.asarray(a, jnp.float32) for a in x)
-    fn = jax.jit(jax.grad(lambda x: loss(x, ids, 200, implementation="ffi").sum()))
+    fn = helpers.user_jit(jax.grad(lambda x: loss(x, ids, 200, implementation="ffi").sum()))
     want = fn(x)
     for _ in range(3):
         assert all(np.array_equal(a, b) for a, b in zip(fn(x), want, strict=True))
