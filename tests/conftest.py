@@ -3,7 +3,7 @@
 Tiers:
   pytest: what is not marked thorough, compiled quickly, but for what is compiled by helpers.user_jit.
   pytest -m "": everything, compiled as users compile it.
-``@pytest.mark.thorough_if(name=value, ...)`` marks as thorough what has all of these parameters, of which a tuple gives
+``@pytest.mark.thorough_if(name=value, ...)`` marks as thorough what has all of these parameters, of which a list gives
 several values; without parameters, the whole test. Several such marks are alternatives.
 
 Environment:
@@ -112,8 +112,8 @@ def _thorough(item):
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
 
     def holds(name, values):
-        values = values if isinstance(values, tuple) else (values,)
-        return any(parameters[name] is value or parameters[name] == value for value in values)
+        values = values if isinstance(values, list) else [values]
+        return any(parameters[name] == value for value in values)
 
     return any(
         all(holds(name, values) for name, values in mark.kwargs.items()) for mark in item.iter_markers("thorough_if")
