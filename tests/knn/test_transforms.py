@@ -60,6 +60,7 @@ def walk(x, implementation):
     return (x[0] + 0.01 * step * jnp.cos(x[0]), *x[1:]), out
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_scan(x, implementation):
     def scanned(x):
         (q, *_), outs = jax.lax.scan(lambda x, _: walk(x, implementation), x, None, length=2)

@@ -158,6 +158,7 @@ def test_per_item_gradients_of_shared_operands(implementation, rng):
     helpers.assert_trees_close(got, want, 1e-10)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_mapped_tangents_and_cotangents(implementation, rng):
     """Only the direction is mapped, as in jacfwd and jacrev; first and second order."""
     x = helpers.tree(helpers.cloud(rng, "aniso", Q, P, F))
@@ -237,6 +238,7 @@ def test_integer_arguments(implementation, rng):
             helpers.assert_trees_close(jax.tree.map(lambda a, i=i: a[i], batched), want, 1e-12)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_what_never_changes_the_result(implementation, rng):
     """Guesses and indexes may be mapped where nothing else is: the result repeats along the mapped axis."""
     x = helpers.cloud(rng, "aniso", Q, P, F)
