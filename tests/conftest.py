@@ -1,4 +1,10 @@
-"""Strict JAX settings, several CPU devices, fresh random inputs, and the implementations that this machine has.
+"""Strict JAX settings, several CPU devices, fresh random inputs, the implementations that this machine has; two tiers.
+
+Tiers:
+  pytest: what is not marked thorough, compiled quickly, but for what is compiled by helpers.user_jit.
+  pytest -m "": everything, compiled as users compile it.
+``@pytest.mark.thorough_if(name=value, ...)`` marks as thorough what has all of these parameters, of which a list gives
+several values; without parameters, the whole test. Several such marks are alternatives.
 
 Environment:
   JAX_KNN_AGGREGATE_TEST_SEED: seed of all random inputs; random if unset, and printed in the header.
@@ -7,6 +13,9 @@ Environment:
 
 import os
 import random
+import re
+import subprocess
+import sys
 import zlib
 
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -20,9 +29,38 @@ import pytest  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")
 
-from helpers import PLATFORM, REQUIRED  # noqa: E402
-
 from jax_knn_aggregate.core import ffi  # noqa: E402
+
+DEFAULT_TIER = "not thorough"  # pyproject.toml passes it as -m
+#: Flags by which XLA compiles several times as fast for the CPU. It drops flags between versions.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+)
+
+
+def _quick_flags():
+    """Those of QUICK that this XLA knows, if it compiles for the CPU: it aborts its process at others."""
+    flags = list(QUICK)
+    while flags:
+        env = {**os.environ, "XLA_FLAGS": " ".join([os.environ["XLA_FLAGS"], *flags])}
+        command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode == 0:
+            return flags if done.stdout.split()[-1:] == ["cpu"] else []
+        unknown = re.findall(r"--\w+", "".join(re.findall("Unknown flags? in XLA_FLAGS: (.*)", done.stderr)))
+        flags, before = [flag for flag in flags if flag.split("=")[0] not in unknown], flags
+        if flags == before:
+            return []
+    return []
+
+
+def _platform():
+    """JAX's default platform: asked for late, because JAX reads XLA_FLAGS then."""
+    from helpers import PLATFORM
+
+    return PLATFORM
 
 
 def _implementations(platform: str) -> list[str]:
@@ -31,11 +69,24 @@ def _implementations(platform: str) -> list[str]:
 
 
 def pytest_configure(config):
+    for line in (
+        "thorough: runs with pytest -m '' alone",
+        "thorough_if(**parameters): thorough where the parameters are these",
+    ):
+        config.addinivalue_line("markers", line)
+    if config.option.markexpr == DEFAULT_TIER and not hasattr(config, "workerinput"):  # workers inherit it
+        os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *_quick_flags()])
+    _check_kernels()
+
+
+def _check_kernels():
     required = os.environ.get("JAX_KNN_AGGREGATE_REQUIRE_KERNELS")
     if not required:
         return
     if required not in ffi._REGISTRY_PLATFORM:
         raise pytest.UsageError(f"JAX_KNN_AGGREGATE_REQUIRE_KERNELS is {required!r}, expected 'cpu' or 'cuda'.")
+    from helpers import PLATFORM, REQUIRED
+
     missing = REQUIRED - ffi.TARGETS.get(required, frozenset())
     if missing:
         raise pytest.UsageError(f"Kernels for {required} are required, but these are not registered: {sorted(missing)}")
@@ -45,9 +96,10 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     kernels = {platform: len(names) for platform, names in ffi.TARGETS.items()}
+    quick = "quickly" if QUICK[0] in os.environ["XLA_FLAGS"] else "as by default"
     return (
-        f"JAX_KNN_AGGREGATE_TEST_SEED={SEED}, jax {jax.__version__} on {PLATFORM}, "
-        f"implementations {_implementations(PLATFORM)}, kernels registered {kernels or 'none'}"
+        f"JAX_KNN_AGGREGATE_TEST_SEED={SEED}, jax {jax.__version__} on {_platform()}, compiling {quick}, "
+        f"implementations {_implementations(_platform())}, kernels registered {kernels or 'none'}"
     )
 
 
@@ -55,15 +107,31 @@ def _ours(path) -> bool:
     return not path.name.startswith("test_sdf")  # the trainer runs under its users' settings
 
 
+def _thorough(item):
+    """Whether all parameters of one of its marks are the item's."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+
+    def holds(name, values):
+        values = values if isinstance(values, list) else [values]
+        return any(parameters[name] == value for value in values)
+
+    return any(
+        all(holds(name, values) for name, values in mark.kwargs.items()) for mark in item.iter_markers("thorough_if")
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items):
     for item in items:
+        if _thorough(item):
+            item.add_marker(pytest.mark.thorough)
         if _ours(item.path):
             item.add_marker(pytest.mark.filterwarnings("error"))
 
 
 def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
-        metafunc.parametrize("implementation", _implementations(PLATFORM))
+        metafunc.parametrize("implementation", _implementations(_platform()))
     if "cpu_implementation" in metafunc.fixturenames:
         metafunc.parametrize("cpu_implementation", _implementations("cpu"))
 
@@ -86,9 +154,10 @@ def rng(request):
 @pytest.fixture
 def kernels():
     """Skips a test about kernels on a platform for which none were built; returns the platform."""
-    if not ffi.TARGETS.get(PLATFORM):
-        pytest.skip(f"no kernels for {PLATFORM} were built")
-    return PLATFORM
+    platform = _platform()
+    if not ffi.TARGETS.get(platform):
+        pytest.skip(f"no kernels for {platform} were built")
+    return platform
 
 
 def _cpu_devices(n):

@@ -5,6 +5,7 @@ Names: ``metric`` is "aniso" or "iso"; ``x`` is the tuple of differentiable argu
 """
 
 import functools
+import os
 import re
 
 import jax
@@ -47,8 +48,25 @@ def _fast_options():
 
 
 def quick_jit(fn):
-    """jax.jit with little optimisation. Values, accuracy and bits are tested under jax.jit itself."""
+    """jax.jit with little optimisation. Accuracy and bits are tested under ``user_jit``."""
     return jax.jit(fn, compiler_options=_fast_options())
+
+
+@functools.cache
+def _user_options():
+    if "--xla_backend_optimization_level=0" not in os.environ["XLA_FLAGS"].split():
+        return {}
+    usual = {
+        "xla_backend_optimization_level": 3,
+        "xla_cpu_use_fusion_emitters": True,
+        "xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT",
+    }
+    return {name: usual[name] for name in _fast_options()}
+
+
+def user_jit(fn):
+    """jax.jit as users have it, also where conftest.py has XLA compile quickly."""
+    return jax.jit(fn, compiler_options=_user_options())
 
 
 # ---- The op under test

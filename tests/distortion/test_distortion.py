@@ -113,16 +113,19 @@ def assert_derivatives(implementation, x, rays, rng):
 
 
 @pytest.mark.parametrize(("B", "N", "kind"), SIZES)
+@pytest.mark.thorough_if(implementation="xla", N=130)
 def test_dense_derivatives(B, N, kind, implementation, rng):
     assert_derivatives(implementation, dense(rng, B, N, **kind), (), rng)
 
 
 @pytest.mark.parametrize(("lengths", "kind"), RAGGED)
+@pytest.mark.thorough_if(implementation="xla", lengths=[RAGGED[1][0]])
 def test_flat_derivatives(lengths, kind, implementation, rng):
     x, ids = flat(rng, lengths, **kind)
     assert_derivatives(implementation, x, (ids, len(lengths)), rng)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_nothing(implementation, rng):
     """No samples, no rays, neither."""
     for shape in ((3, 0), (0, 4), (0, 0)):
@@ -177,12 +180,13 @@ def test_third_order(implementation, rng):
 
 
 @pytest.mark.parametrize(("N", "tolerance"), [(128, 1e-6), (1024, 3e-6)])
+@pytest.mark.thorough_if(implementation="xla", N=1024)
 def test_accuracy_of_each_ray(N, tolerance, implementation, rng):
     """Wherever the origin of m, and however uneven the weights; also for the same rays in flat arrays, misaligned."""
     B = 6
     ids = np.repeat(np.arange(-1, B), [1] + [N] * B).astype(np.int32)
 
-    @jax.jit
+    @helpers.user_jit
     def values_and_gradients(w, m, interval):
         def padded(x):
             return loss(tuple(jnp.pad(a.ravel(), (1, 0)) for a in x), ids, B, implementation=implementation)
@@ -211,6 +215,7 @@ def test_accuracy_of_each_ray(N, tolerance, implementation, rng):
 
 
 @pytest.mark.parametrize("which", [(0,), (0, 1, 2)])
+@pytest.mark.thorough_if(implementation="xla")
 def test_long_rays(which, implementation, rng):
     """Rays of several tiles, in first and second order, of gradients in w alone and in all."""
     lengths = [0, 2500, 1, 1030, 700, 513, 1024]
@@ -232,8 +237,8 @@ def test_long_rays(which, implementation, rng):
         second = jax.grad(lambda *c: helpers.product(gradient(*c), tuple(v[i] for i in which)), every)
         return gradient(*chosen), second(*chosen)
 
-    oracle = jax.jit(functools.partial(derivatives, lambda x: one_ray(*x)))
-    ours = jax.jit(
+    oracle = helpers.oracle_jit(functools.partial(derivatives, lambda x: one_ray(*x)))
+    ours = helpers.user_jit(
         functools.partial(
             derivatives, lambda x: loss(x, ids, len(lengths), reduction="sum", implementation=implementation)
         )
@@ -252,6 +257,7 @@ def test_long_rays(which, implementation, rng):
     assert all(not np.asarray(a)[(ids < 0) | (ids >= len(lengths))].any() for got in results for a in got)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_many_rays(implementation, rng):
     """So many short rays that threads have several, and some that are a hundred times as long."""
     lengths = rng.integers(0, 12, 40_000)
@@ -300,13 +306,14 @@ def test_long_rays_without_gradients_of_samples(implementation, rng):
 def test_never_negative(implementation, rng):
     """A million rays: uneven weights, narrow and far from the origin."""
     B, N = 250_000, 9
-    fn = jax.jit(lambda w, m: loss((w, m, 0.0), implementation=implementation))
+    fn = helpers.user_jit(lambda w, m: loss((w, m, 0.0), implementation=implementation))
     for origin, width in ((0, 1), (1000, 1), (1000, 1e-3), (-5e4, 0.1)):
         w = np.exp(rng.normal(-4, 4, (B, N))).astype(np.float32)
         m = np.sort((origin + width * rng.random((B, N))).astype(np.float32), -1)
         assert fn(w, m).min() >= 0
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_half_precision_is_computed_in_float32(implementation, rng):
     w, m, interval = (jnp.asarray(a, jnp.bfloat16) for a in dense(rng, 3, 20))
     w = abs(w)  # of both signs they might cancel
@@ -365,6 +372,7 @@ def test_numbers_take_the_dtype_of_w(x64, rng):
             np.testing.assert_allclose(flattened, numpy_losses(w[0], m[0], 0.1), rtol=1e-5)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_sort_and_check(implementation, rng):
     options = {"implementation": implementation, "reduction": "none"}
     w, m, interval = helpers.tree(dense(rng, 3, 9))
@@ -407,7 +415,7 @@ def test_samples_outside_stay_outside(implementation, rng):
     x, ids = flat(rng, [3, 0, 5], outside=(2, 4))
     x = helpers.tree(x)
     poisoned = tuple(jnp.where((ids >= 0) & (ids < 3), a, jnp.nan) for a in x)
-    fn = jax.value_and_grad(lambda x, ids: loss(x, ids, 3, implementation=implementation).sum())
+    fn = helpers.quick_jit(jax.value_and_grad(lambda x, ids: loss(x, ids, 3, implementation=implementation).sum()))
     got, want = fn(poisoned, ids), fn(x, ids)
     helpers.assert_trees_close(got, want, 1e-14)
     assert all(not b[:2].any() and not b[-4:].any() and b[2:-4].all() for b in got[1])
@@ -442,14 +450,16 @@ def test_vmap(implementation, rng):
     (w, m, interval), ids = flat(rng, [2, 0, 4])
     others = np.stack([ids, ids[::-1].copy() * 0, np.minimum(ids, 1)])
     fn = jax.value_and_grad(lambda w, ids: loss((w, m, interval), ids, 3, implementation=implementation).sum())
+    single = helpers.quick_jit(fn)
     w = jnp.asarray(rng.normal(size=(n, 6)))
     for axes, args in (((0, None), (w, ids)), ((None, 0), (w[0], others)), ((0, 0), (w, others))):
-        got = jax.vmap(fn, axes)(*args)
-        want = [fn(*(a[i] if d == 0 else a for a, d in zip(args, axes, strict=True))) for i in range(n)]
+        got = helpers.quick_jit(jax.vmap(fn, axes))(*args)
+        want = [single(*(a[i] if d == 0 else a for a, d in zip(args, axes, strict=True))) for i in range(n)]
         helpers.assert_trees_close(got, jax.tree.map(lambda *a: np.stack(a), *want), 1e-12)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_shard_map(check_vma, cpu_implementation, cpu_devices, rng):
     """Rays sharded, positions shared by all: their gradient, and the interval's, is the sum over shards."""
     mesh = Mesh(np.array(cpu_devices), ("shard",))
@@ -479,6 +489,7 @@ def grid(request, eight_cpu_devices):
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_jit_of_split_rays(cpu_implementation, grid, rng):
     """Nothing moves before the mean, and gradients stay where their samples are; only numbers are summed."""
     B, N, rays = 16, 5, S("a", "b")
@@ -566,7 +577,7 @@ def test_what_runs(kernels, rng):
 def test_gradients_repeat_bitwise(kernels, rng):
     x, ids = flat(rng, rng.integers(0, 900, 200))
     x = tuple(jnp.asarray(a, jnp.float32) for a in x)
-    fn = jax.jit(jax.grad(lambda x: loss(x, ids, 200, implementation="ffi").sum()))
+    fn = helpers.user_jit(jax.grad(lambda x: loss(x, ids, 200, implementation="ffi").sum()))
     want = fn(x)
     for _ in range(3):
         assert all(np.array_equal(a, b) for a, b in zip(fn(x), want, strict=True))

@@ -35,6 +35,7 @@ def check(metric, out, x, idxs, tolerance, what=""):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", dtype=np.float32)
 def test_aggregate(metric, size, dtype, implementation, rng):
     batch, Q, P, F, K = size
     for kind in ("plain", "signed"):
@@ -73,6 +74,7 @@ def test_no_implementation_given_is_as_good(rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", dtype=np.float32)
 def test_precomputed(metric, batch, dtype, implementation, rng):
     Q, P, F, K = 20, 30, 5, 6
     x = helpers.cloud(rng, metric, Q, P, F, batch=batch, dtype=dtype)
@@ -112,6 +114,7 @@ def test_lookup(batch, shared, implementation, rng):
     check("aniso", out, x, want[..., :K], 1e-12, "with lengths")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_lookup_with_a_table_of_its_own_points(implementation, rng):
     """The intended use: with all points in the table, the answer holds the same neighbours as the search."""
     x = helpers.cloud(rng, "aniso", 20, 12, 4)

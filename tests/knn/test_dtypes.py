@@ -16,7 +16,7 @@ KINDS = {"aniso": ("plain", "rotation", "general", "shifted", "signed"), "iso": 
 
 
 def check(metric, x, ct, v, implementation, tolerances, what):
-    out, first, second = helpers.jitted_derivatives(metric, K, implementation, jax.jit)(x, ct, v)
+    out, first, second = helpers.jitted_derivatives(metric, K, implementation, helpers.user_jit)(x, ct, v)
     idxs = np.asarray(out.idxs)
     values = helpers.oracle_values(metric, helpers.wide(x), idxs)
     dominant = values[2][values[1] >= 0.1 * values[1].max(-1, keepdims=True)]
@@ -36,6 +36,8 @@ def check(metric, x, ct, v, implementation, tolerances, what):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", metric="aniso", dtype=np.float64)
+@pytest.mark.thorough_if(implementation="xla", metric="iso", dtype=np.float32)
 def test_accuracy(metric, dtype, implementation, rng):
     for kind in KINDS[metric]:
         x = helpers.cloud(rng, metric, **SIZE, dtype=dtype, kind=kind)
@@ -45,13 +47,15 @@ def test_accuracy(metric, dtype, implementation, rng):
 
 @pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", half=jnp.float16)
+@pytest.mark.thorough_if(implementation="xla", metric="iso")
 def test_half_precision_features(metric, half, implementation, rng):
     """Weights and sums in float32: f_out is the rounded exact sum, however many terms; other derivatives stay exact."""
     n = 64
     x = helpers.cloud(rng, metric, 40, n, 3, dtype=np.float32)
     x = (*x[:2], np.asarray(x[2] + 2).astype(half), x[3] * np.float32(0.01), *x[4:])
     ct, v = helpers.cotangents(rng, metric, x, n)
-    out, first, second = helpers.jitted_derivatives(metric, n, implementation, jax.jit)(x, ct, v)
+    out, first, second = helpers.jitted_derivatives(metric, n, implementation, helpers.user_jit)(x, ct, v)
     eps = float(jnp.finfo(half).eps)
     assert out.f_out.dtype == half
     assert out.w_out.dtype == out.dists.dtype == jnp.float32
@@ -85,6 +89,7 @@ def test_every_finite_half_is_read_and_written_exactly(implementation):
     np.testing.assert_array_equal(np.asarray(out.f_out), f)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_half_precision_features_elsewhere(implementation, rng):
     x = helpers.cloud(rng, "aniso", 6, 9, 3, dtype=np.float32)
     x = (*x[:2], x[2].astype(jnp.bfloat16), *x[3:])

@@ -20,6 +20,7 @@ def problem(rng):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", metric="iso")
 def test_reverse(metric, implementation, problem):
     """Each output, each argument, some and all: what is not asked for is not computed, and changes nothing."""
     x, idxs, ct, _ = problem(metric, batch=(2,))
@@ -39,6 +40,7 @@ def test_reverse(metric, implementation, problem):
             helpers.assert_close(got[name], want[name], 1e-10, f"{name} among {wrt} from {outs}")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_reverse_eager(implementation, problem):
     x, idxs, ct, _ = problem("aniso")
     got = helpers.first("aniso", helpers.outputs("aniso", K, implementation), x, ct)
@@ -51,6 +53,7 @@ def test_reverse_eager(implementation, problem):
 @pytest.mark.parametrize(
     "size", [(70, 300, 64, 33, (2,)), (5, 1, 1, 1, ()), (1, 64, 33, 16, (3,)), (300, 40, 2, 5, ())], ids=str
 )
+@pytest.mark.thorough_if(implementation="xla")
 def test_sizes(metric, size, implementation, problem):
     Q, P, F, K, batch = size
     x, idxs, ct, _ = problem(metric, batch=batch, Q=Q, P=P, F=F, K=K)
@@ -89,6 +92,7 @@ def test_forward(metric, implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_jacobians(metric, implementation, problem):
     x, idxs, _, _ = problem(metric, Q=2, P=5, F=2, K=3)
     op = helpers.outputs(metric, 3, implementation)
@@ -99,6 +103,7 @@ def test_jacobians(metric, implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_lookup_and_precomputed(metric, implementation, problem, rng):
     """Given neighbours: a point named twice in a row counts twice, an empty slot not at all."""
     x, _, ct, v = problem(metric, batch=(2,))
@@ -121,6 +126,7 @@ def test_lookup_and_precomputed(metric, implementation, problem, rng):
             helpers.assert_close(second[name], want_second[name], 1e-9, f"{what}, second order, {name}")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_indices_have_no_tangent(implementation, problem):
     x, idxs, _, v = problem("aniso")
     ones = tuple(v[n] for n in helpers.ARGUMENTS["aniso"])
@@ -143,6 +149,7 @@ def test_indices_have_no_tangent(implementation, problem):
     "platform, path",
     [("cpu", "xla")] + [(p, "ffi") for p in dict.fromkeys(("cpu", helpers.PLATFORM)) if ffi.TARGETS.get(p)],
 )
+@pytest.mark.thorough_if(path="xla")
 def test_gradients_repeat_bitwise(metric, platform, path, rng):
     """The same bits from call to call and from compilation to compilation, with many queries on each point."""
     x = helpers.cloud(rng, metric, 3000, 40, 8, dtype=np.float32)
@@ -151,7 +158,9 @@ def test_gradients_repeat_bitwise(metric, platform, path, rng):
     x, ct, v = jax.device_put((x, ct, v), jax.devices(platform)[0])
 
     def fresh():
-        return jax.jit(lambda x, ct, v: (helpers.first(metric, op, x, ct), helpers.second(metric, op, x, ct, v)))
+        return helpers.user_jit(
+            lambda x, ct, v: (helpers.first(metric, op, x, ct), helpers.second(metric, op, x, ct, v))
+        )
 
     one, other = fresh(), fresh()
     want = one(x, ct, v)

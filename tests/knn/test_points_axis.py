@@ -47,6 +47,7 @@ def field(metric, implementation=None, **options):
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(cpu_implementation="xla", metric="iso")
 def test_values_and_ties(metric, queries, cpu_implementation, mesh, rng):
     """Exact neighbours, equal distances by global index, with copies of each point on other devices."""
     in_specs = specs(QUERIES[queries], metric)
@@ -67,6 +68,7 @@ def test_values_and_ties(metric, queries, cpu_implementation, mesh, rng):
 
 
 @pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.thorough_if(cpu_implementation="xla", queries="own")
 def test_eikonal_step(queries, cpu_implementation, mesh, rng):
     """Differentiated from outside and inside of shard_map. Gradients of points are where the points are."""
     in_specs = specs(QUERIES[queries])
@@ -160,6 +162,8 @@ def test_given_neighbours(metric, queries, mesh, rng):
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(cpu_implementation="xla", metric="iso")
+@pytest.mark.thorough_if(cpu_implementation="xla", queries="own")
 def test_index_and_guesses(metric, queries, cpu_implementation, mesh, rng):
     """An index of each device's points, kept between calls, and guesses among the points of all."""
     split = QUERIES[queries]
@@ -206,6 +210,7 @@ def test_index_and_guesses_alone_under_vmap(mesh, rng):
         np.testing.assert_array_equal(idxs, np.stack([want] * n))
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_own_queries_with_common_indices(cpu_implementation, mesh, rng):
     """Indices that are the same on all devices of the axis, as constants are, for queries that are not."""
     x = helpers.cloud(rng, "aniso", 16, P, F)

@@ -26,6 +26,7 @@ SIZES = [
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", dtype=np.float64)
 def test_against_oracle(metric, size, dtype, implementation, rng):
     batch, Q, P, K = size
     kinds = ["plain", "shifted", "signed"] + (["rotation", "general"] if metric == "aniso" else [])
@@ -52,6 +53,7 @@ def test_implementations_agree(metric, kernels, rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", dtype=np.float64)
 def test_dists_ascend_where_distances_differ_by_rounding(metric, dtype, implementation, rng):
     """Points on spheres around the queries: dists are recomputed from indices and must not disagree with the order."""
     q = rng.uniform(-1, 1, (8, 3))
@@ -77,6 +79,7 @@ def test_dists_ascend_where_distances_differ_by_rounding(metric, dtype, implemen
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_search_and_aggregate_agree(metric, implementation, rng):
     x = helpers.cloud(rng, metric, 70, 130, 3, batch=(2,), dtype=np.float32)
     out = helpers.jitted(metric, 5, implementation)(x)
@@ -134,6 +137,7 @@ def test_knn_table(implementation, rng):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(metric="iso")
 def test_reference_in_chunks(metric, rng, monkeypatch):
     x = helpers.cloud(rng, metric, 23, 30, 0, batch=(2,), dtype=np.float32)
     want = helpers.jitted_search(metric, 7, "xla")(x)

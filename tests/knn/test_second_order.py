@@ -19,6 +19,7 @@ def problem(rng):
 
 @pytest.mark.parametrize("output", helpers.OUTPUTS)
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_every_pair(metric, output, implementation, problem):
     """For one output, tangents along one argument: gradients in every argument, and in the cotangent."""
     x, idxs, ct, v = problem(metric, batch=(2,))
@@ -36,6 +37,7 @@ def test_every_pair(metric, output, implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", metric="iso")
 def test_all_at_once_and_one_at_a_time(metric, implementation, problem):
     x, idxs, ct, v = problem(metric)
     op = helpers.outputs(metric, K, implementation)
@@ -49,6 +51,7 @@ def test_all_at_once_and_one_at_a_time(metric, implementation, problem):
             helpers.assert_close(bars[name], want[name], 1e-9, f"{name} among {wrt}, {wrt_ct}")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_eager(implementation, problem):
     x, idxs, ct, v = problem("aniso")
     got = helpers.second("aniso", helpers.outputs("aniso", K, implementation), x, ct, v)
@@ -63,6 +66,7 @@ def test_eager(implementation, problem):
     ids=str,
 )
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_sizes(metric, size, implementation, problem):
     Q, P, F, K, batch = size
     x, idxs, ct, v = problem(metric, batch=batch, Q=Q, P=P, F=F, K=K)
@@ -79,6 +83,7 @@ def losses(metric, idxs, K, implementation):
 
 @pytest.mark.parametrize("frozen", [(), ("f",), ("q", "p", "sigma", "R")], ids=["all", "f", "f alone"])
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", frozen=[("f",), ("q", "p", "sigma", "R")])
 def test_eikonal(metric, frozen, implementation, problem):
     x, idxs, _, _ = problem(metric, batch=(2,))
     ours, plain = losses(metric, idxs, K, implementation)
@@ -126,6 +131,7 @@ def compositions(metric):
 
 
 @pytest.mark.parametrize("name", compositions("aniso"))
+@pytest.mark.thorough_if(implementation="xla")
 def test_compositions(name, implementation, problem):
     x, idxs, _, _ = problem("aniso", Q=3, P=5, F=2, K=3)
     transform = compositions("aniso")[name]
@@ -144,6 +150,7 @@ def test_compositions(name, implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_hessian(metric, implementation, problem):
     """Forward over reverse and reverse over reverse give one matrix, and that is symmetric."""
     x, idxs, _, _ = problem(metric, Q=2, P=4, F=2, K=3)
@@ -174,6 +181,7 @@ THIRD = {
 
 
 @pytest.mark.parametrize("metric, name", list(zip(("aniso", "aniso", "iso"), THIRD, strict=True)))
+@pytest.mark.thorough_if(implementation="xla")
 def test_third_order(metric, name, implementation, problem):
     x, idxs, _, _ = problem(metric, Q=3, P=5, F=2, K=3)
     every = range(len(x))

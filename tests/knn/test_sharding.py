@@ -48,6 +48,7 @@ def single(name, implementation, x):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.thorough_if(cpu_implementation="xla", check_vma=False)
 def test_sharded_queries_replicated_points(check_vma, cpu_implementation, mesh, rng):
     x = problem(rng)
     specs = (S("shard"), S(), S(), S(), S())
@@ -66,6 +67,7 @@ def test_sharded_queries_replicated_points(check_vma, cpu_implementation, mesh, 
         helpers.assert_trees_close(got, single(name, cpu_implementation, x), 1e-9, f"{name}: ")
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_gradient_inside(cpu_implementation, mesh, rng):
     """Under check_vma a gradient taken inside is summed over shards for what is replicated, and local for the rest."""
     x = problem(rng)
@@ -78,6 +80,7 @@ def test_gradient_inside(cpu_implementation, mesh, rng):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_sharded_clouds_replicated_queries(check_vma, cpu_implementation, mesh, rng):
     """Each shard has a cloud of its own, and all see the same queries."""
     x = problem(rng, (4,))
@@ -104,6 +107,7 @@ def test_sharded_clouds_replicated_queries(check_vma, cpu_implementation, mesh, 
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_values_of_every_entry_point(check_vma, cpu_implementation, mesh, rng):
     x = problem(rng)
     options = {"implementation": cpu_implementation}
@@ -134,6 +138,7 @@ def test_values_of_every_entry_point(check_vma, cpu_implementation, mesh, rng):
     np.testing.assert_array_equal(table(x[1]), jka.build_knn_table(x[1], K))
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_forward_mode_and_vmap_inside(cpu_implementation, mesh, rng):
     x = problem(rng)
     v = problem(rng)
@@ -152,6 +157,7 @@ def test_forward_mode_and_vmap_inside(cpu_implementation, mesh, rng):
         helpers.assert_trees_close(helpers.quick_jit(sharded)(*args), want, 1e-10)
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_explicit_mesh(cpu_implementation, cpu_devices, rng):
     """The default kind of mesh: explicit axes, arrays placed on it before."""
     mesh = jax.make_mesh((4,), ("shard",), devices=cpu_devices)
@@ -201,6 +207,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout, path", [*((name, None) for name in LAYOUTS), ("scenes and queries", "xla")])
+@pytest.mark.thorough_if(path="xla", grid=AxisType.Explicit)
 def test_jit(layout, path, grid, rng):
     """Values, first and second derivatives; no collective forward, only all-reduce backward; results stay split."""
     specs, batch = LAYOUTS[layout]
@@ -255,13 +262,14 @@ def test_third_order_outside_jit(cpu_devices, rng):
         return [jax.grad(squared(squared(fn)))(a) for fn, a in ((aggregate, q), (distortion, w))]
 
     args = (q, cloud, idxs, w, m)
-    want = third(*args)
+    want = helpers.oracle_jit(third)(*args)
     split, whole = NamedSharding(mesh, S("a")), NamedSharding(mesh, S())
     for given in (args, jax.device_put(args, (split, whole, split, split, split))):
         with jax.set_mesh(mesh):
             helpers.assert_trees_close(third(*given), want, 1e-9)
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla", grid=AxisType.Explicit)
 def test_jit_every_entry_point(cpu_implementation, grid, rng):
     x = problem(rng)
     options = {"implementation": cpu_implementation}
@@ -293,6 +301,8 @@ def test_jit_every_entry_point(cpu_implementation, grid, rng):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.parametrize("layout", ["queries", "scenes and queries"])
+@pytest.mark.thorough_if(cpu_implementation="xla", metric="aniso")
+@pytest.mark.thorough_if(cpu_implementation="xla", layout="scenes and queries")
 def test_jit_index_and_guesses(layout, metric, cpu_implementation, grid, rng):
     """Guesses split as the queries, an index as the scenes; no collective, and results stay split."""
     specs, batch = LAYOUTS[layout]

@@ -17,6 +17,7 @@ def x(rng):
     return helpers.tree(helpers.cloud(rng, "aniso", Q, P, F))
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_checkpoint(x, implementation):
     op = helpers.outputs("aniso", K, implementation)
 
@@ -34,6 +35,7 @@ def test_checkpoint(x, implementation):
         helpers.assert_trees_close(got, want, 1e-10, name)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_checkpoint_with_saved_indices(x, implementation):
     """The recipe that keeps jax.checkpoint from searching again."""
 
@@ -58,6 +60,7 @@ def walk(x, implementation):
     return (x[0] + 0.01 * step * jnp.cos(x[0]), *x[1:]), out
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_scan(x, implementation):
     def scanned(x):
         (q, *_), outs = jax.lax.scan(lambda x, _: walk(x, implementation), x, None, length=2)
@@ -82,6 +85,7 @@ def test_scan(x, implementation):
     helpers.assert_trees_close(got, want, 1e-9, "second order")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_cond(x, implementation):
     def branch(K):
         def fn(x):
@@ -102,6 +106,7 @@ def test_cond(x, implementation):
     helpers.assert_trees_close(got(x, True), want, 1e-9, "second order")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_while_forward(x, implementation):
     def looped(x):
         def go_on(state):
@@ -126,6 +131,7 @@ def test_while_forward(x, implementation):
     helpers.assert_trees_close(got, want, 1e-10)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_transpose_of_a_linearized_op(x, implementation):
     op = helpers.outputs("aniso", K, implementation)
     _, linear = jax.linearize(op, *x)
@@ -134,6 +140,7 @@ def test_transpose_of_a_linearized_op(x, implementation):
     helpers.assert_trees_close(got, jax.vjp(op, *x)[1](ct), 1e-12)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_inside_custom_derivatives(x, implementation):
     """A custom_vjp whose backward pass differentiates the op, as a user's own layer would."""
     op = helpers.outputs("aniso", K, implementation)

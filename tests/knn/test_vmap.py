@@ -50,6 +50,7 @@ def loop(x, mapped, ct, implementation):
     [("q",), ("p",), ("f",), ("sigma", "R"), ("q", "f"), ("p", "f", "sigma", "R"), NAMES],
     ids="+".join,
 )
+@pytest.mark.thorough_if(implementation="xla", mapped=[("p",), ("f",), ("sigma", "R"), ("q", "f"), NAMES])
 def test_any_subset(mapped, implementation, rng):
     """One result for each item, and along an axis that need not be the first."""
     x, ct = stacked_problem(rng, mapped)
@@ -62,6 +63,7 @@ def test_any_subset(mapped, implementation, rng):
     helpers.assert_trees_close(got, want, 1e-9, f"axes {axes}: ")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_out_axes_and_eager(implementation, rng):
     x, _ = stacked_problem(rng, NAMES)
     fn = jax.vmap(lambda *x: jka.knn_aggregate_aniso(*x, K, implementation=implementation), out_axes=-1)
@@ -72,6 +74,7 @@ def test_out_axes_and_eager(implementation, rng):
         helpers.assert_close(got.f_out[..., i], want.f_out, 1e-12)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_nested(implementation, rng):
     """Three maps with different operands each, over an op with a batch axis: 2·3·2·2 calls in one."""
     B = 2
@@ -98,6 +101,7 @@ def test_nested(implementation, rng):
 
 
 @pytest.mark.parametrize("mapped, wrt", [(("q", "f"), NAMES), (("q", "f"), ("p", "R")), (("f",), ("q", "sigma"))])
+@pytest.mark.thorough_if(implementation="xla", mapped=("q", "f"))
 def test_gradients_of_shared_operands_are_summed(mapped, wrt, implementation, rng):
     """grad of a vmap: what every item shares gets the sum of what the items would give it."""
     x, _ = stacked_problem(rng, mapped)
@@ -115,6 +119,7 @@ def test_gradients_of_shared_operands_are_summed(mapped, wrt, implementation, rn
         helpers.assert_close(bar, np.stack(each) if name in mapped else np.sum(each, 0), 1e-9, name)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_shared_points_of_a_batched_op(implementation, rng):
     """vmap of q over 3 scenes, with p (2, P, 3) shared: 6 scenes of queries against 2 clouds."""
     B = 2
@@ -139,6 +144,7 @@ def test_shared_points_of_a_batched_op(implementation, rng):
     helpers.assert_trees_close(got, want, 1e-9)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_per_item_gradients_of_shared_operands(implementation, rng):
     """vmap of a gradient in an operand that is not mapped: one gradient for each item, not their sum."""
     x, _ = stacked_problem(rng, ("q",))
@@ -152,6 +158,7 @@ def test_per_item_gradients_of_shared_operands(implementation, rng):
     helpers.assert_trees_close(got, want, 1e-10)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_mapped_tangents_and_cotangents(implementation, rng):
     """Only the direction is mapped, as in jacfwd and jacrev; first and second order."""
     x = helpers.tree(helpers.cloud(rng, "aniso", Q, P, F))
@@ -187,6 +194,7 @@ def test_mapped_tangents_and_cotangents(implementation, rng):
         helpers.assert_trees_close(got, jax.tree.map(lambda *a: np.stack(a), *rows), 1e-10, f"{name}: ")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_isotropic(implementation, rng):
     x = helpers.cloud(rng, "iso", Q, P, F, batch=(N,))
     x = helpers.tree((x[0], x[1][0], x[2], x[3][0]))
@@ -201,6 +209,7 @@ def test_isotropic(implementation, rng):
     helpers.assert_trees_close(got, want, 1e-9)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_integer_arguments(implementation, rng):
     """Tables, indices and lengths may be mapped, also where nothing else is."""
     x = helpers.tree(helpers.cloud(rng, "aniso", Q, P, F))
@@ -229,6 +238,7 @@ def test_integer_arguments(implementation, rng):
             helpers.assert_trees_close(jax.tree.map(lambda a, i=i: a[i], batched), want, 1e-12)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_what_never_changes_the_result(implementation, rng):
     """Guesses and indexes may be mapped where nothing else is: the result repeats along the mapped axis."""
     x = helpers.cloud(rng, "aniso", Q, P, F)

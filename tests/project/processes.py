@@ -64,7 +64,7 @@ def run(coordinator, processes, process_id, platform):
                 helpers.assert_close(shard.data, np.asarray(w)[shard.index], 1e-9, what)
 
     def check(what, fn, x, specs, want, kinds):
-        compiled, x = jax.jit(fn), place(mesh, x, specs)
+        compiled, x = helpers.quick_jit(fn), place(mesh, x, specs)
         found = helpers.kinds(compiled, *x)
         assert found <= kinds, f"{what}: {found}"
         compare(compiled(*x), want, what)
@@ -82,15 +82,15 @@ def run(coordinator, processes, process_id, platform):
             return jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=S())(*x)
 
         moving = {"all-reduce", "all-to-all", "all-gather", "reduce-scatter"}
-        check("points", jax.value_and_grad(whole, range(5)), x, specs, jax.jit(step)(*x), moving)
+        check("points", jax.value_and_grad(whole, range(5)), x, specs, helpers.quick_jit(step)(*x), moving)
 
     across = max(d for d in range(1, n + 1) if n % d == 0 and d * d <= n)
     for kind in AxisType.Auto, AxisType.Explicit:
         mesh = jax.make_mesh((across, n // across), ("a", "b"), axis_types=(kind,) * 2)
         x = helpers.cloud(rng, "aniso", 4 * n, 9, 2, batch=(2 * across,))
         specs = (S("a", "b"), *[S("a")] * 4)
-        check("scenes and queries", op, x, specs, jax.jit(op)(*x), set())
-        check("their Eikonal step", step, x, specs, jax.jit(step)(*x), {"all-reduce"})
+        check("scenes and queries", op, x, specs, helpers.quick_jit(op)(*x), set())
+        check("their Eikonal step", step, x, specs, helpers.quick_jit(step)(*x), {"all-reduce"})
         points(mesh, S("a"), ("a",))
         points(mesh, S(("a", "b")), ("a", "b"))
     print(f"process {process_id} of {processes}, {n} devices: ok", flush=True)
