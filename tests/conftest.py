@@ -8,7 +8,8 @@ several values; without parameters, the whole test. Several such marks are alter
 
 Environment:
   JAX_KNN_AGGREGATE_TEST_SEED: seed of all random inputs; random if unset, and printed in the header.
-  JAX_KNN_AGGREGATE_REQUIRE_KERNELS: "cpu" or "cuda"; the run fails at once where that platform lacks a kernel.
+  JAX_KNN_AGGREGATE_REQUIRE_KERNELS: "cpu" or "cuda"; the run fails at once where that platform lacks a kernel, and
+    test_toy.py where there is no compiler for its kernel.
 """
 
 import os

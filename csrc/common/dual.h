@@ -34,6 +34,15 @@ KNN_FN Dual<T> Scale(double c, Dual<T> x) {
   return {Scale(c, x.value), Scale(c, x.tangent)};
 }
 
+template <class T>
+KNN_FN Dual<T> Sin(Dual<T> x) {
+  return {Sin(x.value), Cos(x.value) * x.tangent};
+}
+template <class T>
+KNN_FN Dual<T> Cos(Dual<T> x) {
+  return {Cos(x.value), -Sin(x.value) * x.tangent};
+}
+
 // What a kernel returns of x: the tangent if there is one.
 template <class T>
 KNN_FN T Result(T x) {

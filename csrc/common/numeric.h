@@ -79,6 +79,10 @@ KNN_FN T Fma(T a, T b, T c) {
 
 KNN_FN float Exp(float x) { return ::expf(x); }
 KNN_FN double Exp(double x) { return ::exp(x); }
+KNN_FN float Sin(float x) { return ::sinf(x); }
+KNN_FN double Sin(double x) { return ::sin(x); }
+KNN_FN float Cos(float x) { return ::cosf(x); }
+KNN_FN double Cos(double x) { return ::cos(x); }
 
 KNN_FN float BitsToFloat(uint32_t bits) {
 #ifdef __CUDA_ARCH__

@@ -89,7 +89,8 @@ class Family:
     ``batch`` is the full size of the batch axes, which come merged; a result of size 1 along one is summed over it.
     Between aux and results stand, for "jvp": dx; for "vjp": ct; for "vjp_vjp": ct, v; for "vjp_jvp": ct, dx, dct; each
     with None where it is zero. ``results`` holds the wanted results' shapes and dtypes, with None for what is not
-    wanted: y for "value" and "jvp", x_bar for "vjp" and "vjp_jvp", x_bar + ct_bar for "vjp_vjp".
+    wanted: y for "value" and "jvp", x_bar for "vjp" and "vjp_jvp", x_bar + ct_bar for "vjp_vjp". Where one FFI target
+    serves all roles, ``one_target.py`` makes these functions.
     """
 
     def __init__(

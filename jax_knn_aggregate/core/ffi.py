@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,21 +58,31 @@ def _extension() -> Any:
     return _ext
 
 
-def _register() -> dict[str, frozenset[str]]:
+#: For each platform, the targets that have kernels there (without prefix).
+TARGETS: dict[str, frozenset[str]] = {}
+
+
+def register(platform: str, handlers: Mapping[str, Any]) -> None:
+    """Makes targets known to XLA and to ``available``: FFI handlers, as capsules, by name without prefix.
+
+    For handlers of other libraries, the toy op of tests/core/toy for one, and for the extension's own. They must be
+    compiled against headers of a jaxlib that is not newer than the installed one (``check_api_version``).
+    """
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(PREFIX + name, handler, platform=_REGISTRY_PLATFORM[platform])
+    TARGETS[platform] = TARGETS.get(platform, frozenset()) | frozenset(handlers)
+
+
+def _register_extension() -> None:
     _ext = _extension()
     check_api_version(_ext.ffi_api_version(), _runtime_api_version())
-    registered: dict[str, frozenset[str]] = {}
-    for platform, targets in _ext.registrations().items():
-        for name, handler in targets.items():
-            jax.ffi.register_ffi_target(PREFIX + name, handler, platform=_REGISTRY_PLATFORM[platform])
-        registered[platform] = frozenset(targets)
-    return registered
+    for platform, handlers in _ext.registrations().items():
+        register(platform, handlers)
 
 
+_register_extension()
 _NUMBERS: dict[str, int] = _extension().numbers()
-#: For each platform, the targets that have kernels there (without prefix).
-TARGETS: dict[str, frozenset[str]] = _register()
-#: Names of all custom-call targets, for the safety checks of ``jax.export``.
+#: Names of all custom-call targets of the extension, for the safety checks of ``jax.export``.
 FFI_TARGETS: tuple[str, ...] = tuple(sorted({PREFIX + name for names in TARGETS.values() for name in names}))
 
 

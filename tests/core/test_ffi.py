@@ -39,7 +39,7 @@ def test_a_wrong_version_registers_nothing(monkeypatch):
     monkeypatch.setattr(jax_knn_aggregate, "_ext", Extension)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: pytest.fail("registered all the same"))
     with pytest.raises(ImportError, match=r"0\.1000000"):
-        ffi._register()
+        ffi._register_extension()
 
 
 def test_runtime_version_is_found():

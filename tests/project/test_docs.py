@@ -1,4 +1,7 @@
-"""Every Python block of README and docs runs as it stands, a file's blocks one after another; no picture is missing."""
+"""Every Python block of README and docs runs as it stands, a file's blocks one after another; nothing shown is missing.
+
+A block under ``<!-- from FILE -->`` is a part of that file.
+"""
 
 import pathlib
 import re
@@ -21,6 +24,21 @@ def _readers_settings():
 def test_pictures_are_shown():
     shown = {(p.parent / name).resolve() for p in FILES for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", p.read_text())}
     assert shown == set((ROOT / "docs").glob("*.png"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_linked_files_are_there(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\((?!http)([^)#\s]+)", text)
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_quotes_are_exact(path):
+    quotes = re.findall(r"^<!-- from (\S+) -->\n```\w+\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(quotes) == path.read_text().count("<!-- from ")
+    for name, block in quotes:
+        assert block in (ROOT / name).read_text(), f"{path.name} does not quote {name} as it is:\n{block}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
