@@ -59,6 +59,14 @@ Operand<const T> Random(int64_t batch, int64_t n, bool shared) {
   return {Allocate(values.size(), values), {shared ? 0 : n}};
 }
 
+// Random bits.
+template <class T>
+void Scramble(T* data, int64_t n) {
+  std::vector<uint32_t> bits(n * sizeof(T) / 4);
+  for (uint32_t& b : bits) b = static_cast<uint32_t>(generator());
+  Check(cudaMemcpy(data, bits.data(), n * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+}
+
 template <class T, class TF>
 void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, bool shared, int64_t B = 3) {
   const bool aniso = metric == MetricKind::kAnisotropic;
@@ -99,6 +107,14 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
                    cudaMemcpyDeviceToDevice),
         "cudaMemcpy");
   Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search with guesses");
+  // Whatever an index holds: what is found is of no interest, but memcheck sees where it was looked for.
+  int32_t* const found = search.idxs;
+  search.idxs = Allocate<int32_t>(B * Q * K);
+  Scramble(build.leaves, clouds * shape.leaves * rows * kLeafSize);
+  Scramble(build.order, clouds * shape.leaves * kLeafSize);
+  Scramble(build.nodes, clouds * shape.groups * kNodeRows * kFanOut);
+  Check(LaunchSearch(search, metric, memory, bytes, nullptr), "search through garbage");
+  search.idxs = found;
 
   // Scratch is as large as ops/knn/aggregate.py makes it.
   const int64_t sets = shared ? 1 : B, pairs = B / sets * Q * K;
