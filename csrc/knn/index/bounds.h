@@ -27,6 +27,13 @@ KNN_FN double Max(double a, double b) { return a > b ? a : b; }
 KNN_FN double Sqrt(double a) { return std::sqrt(a); }
 KNN_FN double Flushed(double a, double least) { return a < least ? 0 : a; }
 
+// (m/ε)² of what follows, or the least normal double where that is larger.
+template <class T>
+constexpr double kLeastSquare = DBL_MIN;
+template <>
+constexpr double kLeastSquare<float> = 0x1p-206;
+static_assert(double{FLT_MIN} / FLT_EPSILON * (double{FLT_MIN} / FLT_EPSILON) == kLeastSquare<float>);
+
 // The squares of lambda and axis of index.h for a point, or a vector of points, whose sigma are not negative. D is
 // double or a vector of doubles. With unit rows r_i of R, M = s Σ w_i r_i r_iᵀ where w_i = sigma_i |R_i|² / s and s =
 // tr M. By Cauchy and Binet the coefficients of det(M/s − x) are sums of products that cannot cancel: with n_ij = r_i ×
@@ -45,8 +52,6 @@ template <class T, class D>
 KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
   const D zero = Number<D>(0), one = Number<D>(1), least = Number<D>(Precision<T>::kLeast);
   const D round = Number<D>(16 * DBL_EPSILON), slack = Number<D>(1 - 0x1p-12);
-  constexpr double kRow = double{Precision<T>::kLeast} / Precision<T>::kEpsilon;
-  const D least_square = Number<D>(kRow * kRow > DBL_MIN ? kRow * kRow : DBL_MIN);
   const auto absolute = [&](D x) { return Max(x, zero - x); };
   D squares[3], r[9], w[3], s = zero, noise = zero;
   for (int i = 0; i < 3; ++i) {
@@ -56,7 +61,7 @@ KNN_FN Factors<D> SquaredFactors(const D (&sigma)[3], const D (&R)[9]) {
     for (int c = 0; c < 3; ++c) r[3 * i + c] = row[c] / norm;
     w[i] = Flushed(sigma[i], least) * Max(squares[i] - Number<D>(DBL_MIN), zero);
     s = s + w[i];
-    noise = noise + Max(sigma[i], least) * Max(squares[i], least_square);
+    noise = noise + Max(sigma[i], least) * Max(squares[i], Number<D>(kLeastSquare<T>));
   }
   for (int i = 0; i < 3; ++i) w[i] = w[i] / s;
   D cofactor[3] = {zero, zero, zero}, det = zero;
