@@ -54,7 +54,7 @@ def quick_jit(fn):
 
 @functools.cache
 def _user_options():
-    if "--xla_backend_optimization_level=0" not in os.environ["XLA_FLAGS"].split():
+    if "--xla_backend_optimization_level=0" not in os.environ.get("XLA_FLAGS", "").split():
         return {}
     usual = {
         "xla_backend_optimization_level": 3,
