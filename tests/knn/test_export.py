@@ -197,8 +197,7 @@ def flat(w, m, interval, ids, **options):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["intervals", "one interval"])
 @pytest.mark.parametrize("layout", ["dense", "flat"])
-@pytest.mark.thorough_if(implementation="xla", layout="dense")
-@pytest.mark.thorough_if(implementation="xla", shared=False)
+@pytest.mark.thorough_if(implementation="xla")
 def test_symbolic_rays_and_samples(layout, shared, implementation, rng, cuda_kernels):
     fn, shape = {"dense": (dense, "r, n"), "flat": (flat, "n")}[layout]
     given = avals(jnp.float64, *[shape] * (2 if shared else 3), *(["n"] if layout == "flat" else []))

@@ -68,7 +68,7 @@ def test_values_and_ties(metric, queries, cpu_implementation, mesh, rng):
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-@pytest.mark.thorough_if(cpu_implementation="xla", queries="own")
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_eikonal_step(queries, cpu_implementation, mesh, rng):
     """Differentiated from outside and inside of shard_map. Gradients of points are where the points are."""
     in_specs = specs(QUERIES[queries])

@@ -51,31 +51,44 @@ def test_implementations_agree(metric, kernels, rng):
         helpers.assert_close(got.dists, want.dists, 1e-5 if dtype == np.float32 else 1e-12, "dists")
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(implementation="xla", dtype=np.float64)
-def test_dists_ascend_where_distances_differ_by_rounding(metric, dtype, implementation, rng):
-    """Points on spheres around the queries: dists are recomputed from indices and must not disagree with the order."""
+@pytest.fixture
+def ties(rng):
+    """Points on spheres around the queries, as arguments of either metric."""
     q = rng.uniform(-1, 1, (8, 3))
     direction = rng.normal(size=(8, 40, 3))
     p = (q[:, None] + direction / np.linalg.norm(direction, axis=-1, keepdims=True)).reshape(-1, 3)
     n = len(p)
     R = np.linalg.qr(rng.normal(size=(n, 3, 3)))[0]
-    x = [a.astype(dtype) for a in (q, p, np.zeros((n, 0)), np.full((n, 3), 1.3), R)][: 5 if metric == "aniso" else 4]
-    if metric == "iso":
-        x[3] = x[3][:, :1]
-    ops = {
-        "search": helpers.jitted_search(metric, 33, implementation),
-        "aggregate": helpers.jitted(metric, 33, implementation),
-        "eager": lambda x: helpers.aggregate(metric, x, 33, implementation=implementation),
+    return {
+        "aniso": (q, p, np.zeros((n, 0)), np.full((n, 3), 1.3), R),
+        "iso": (q, p, np.zeros((n, 0)), np.full((n, 1), 1.3)),
     }
-    for name, op in ops.items():
-        out = op(tuple(x))
-        dists, idxs = np.asarray(out.dists), np.asarray(out.idxs)
-        steps = np.diff(dists, axis=-1)
-        assert (steps >= 0).all(), f"{name}: dists descend by {-steps.min()}"
-        ties = (steps == 0) & (np.diff(idxs, axis=-1) < 0)
-        assert not ties.any(), f"{name}: equal dists not by index at {np.argwhere(ties)[0]}"
+
+
+def assert_ascending(out, what):
+    dists, idxs = np.asarray(out.dists), np.asarray(out.idxs)
+    steps = np.diff(dists, axis=-1)
+    assert (steps >= 0).all(), f"{what}: dists descend by {-steps.min()}"
+    ties = (steps == 0) & (np.diff(idxs, axis=-1) < 0)
+    assert not ties.any(), f"{what}: equal dists not by index at {np.argwhere(ties)[0]}"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", dtype=np.float64)
+def test_dists_ascend_where_distances_differ_by_rounding(metric, dtype, implementation, ties):
+    """dists are recomputed from indices and must not disagree with the order."""
+    x = tuple(a.astype(dtype) for a in ties[metric])
+    assert_ascending(helpers.jitted_search(metric, 33, implementation)(x), "search")
+    assert_ascending(helpers.jitted(metric, 33, implementation)(x), "aggregate")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")  # its bits are those of a user's compilation alone
+def test_dists_ascend_outside_jit(metric, dtype, implementation, ties):
+    x = tuple(a.astype(dtype) for a in ties[metric])
+    assert_ascending(helpers.aggregate(metric, x, 33, implementation=implementation), "eager")
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
@@ -142,10 +155,10 @@ def test_reference_in_chunks(metric, rng, monkeypatch):
     x = helpers.cloud(rng, metric, 23, 30, 0, batch=(2,), dtype=np.float32)
     want = helpers.jitted_search(metric, 7, "xla")(x)
     monkeypatch.setattr(search, "_CHUNK", 5 * 30 * 2)  # 5 queries at a time, the last chunk not full
-    got = jax.jit(lambda x: helpers.search(metric, x, 7, implementation="xla"))(x)
+    got = helpers.user_jit(lambda x: helpers.search(metric, x, 7, implementation="xla"))(x)
     np.testing.assert_array_equal(got.idxs, want.idxs)
     monkeypatch.setattr(search, "_CHUNK", 1)  # less than a query
-    got = jax.jit(lambda x: helpers.search(metric, x, 7, implementation="xla"))(x)
+    got = helpers.user_jit(lambda x: helpers.search(metric, x, 7, implementation="xla"))(x)
     np.testing.assert_array_equal(got.idxs, want.idxs)
 
 

@@ -131,7 +131,7 @@ def compositions(metric):
 
 
 @pytest.mark.parametrize("name", compositions("aniso"))
-@pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(implementation="xla", name=[n for n in compositions("aniso") if n != "forward over reverse"])
 def test_compositions(name, implementation, problem):
     x, idxs, _, _ = problem("aniso", Q=3, P=5, F=2, K=3)
     transform = compositions("aniso")[name]

@@ -207,7 +207,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout, path", [*((name, None) for name in LAYOUTS), ("scenes and queries", "xla")])
-@pytest.mark.thorough_if(path="xla", grid=AxisType.Explicit)
+@pytest.mark.thorough_if(path="xla")
 def test_jit(layout, path, grid, rng):
     """Values, first and second derivatives; no collective forward, only all-reduce backward; results stay split."""
     specs, batch = LAYOUTS[layout]
@@ -248,6 +248,7 @@ def test_jit_forward_mode_and_third_order(grid, rng):
     helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(derivatives)(*x, *v), 1e-9)
 
 
+@pytest.mark.thorough_if()
 def test_third_order_outside_jit(cpu_devices, rng):
     """On Explicit axes: the reference's gathers are typed, and transposed one operation after the other."""
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,), devices=cpu_devices)

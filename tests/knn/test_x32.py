@@ -38,6 +38,7 @@ def test_values(x, implementation):
             helpers.assert_close(getattr(out, name), w, 1e-5, name)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_derivatives(x, implementation, rng):
     ct, v = helpers.cotangents(rng, "aniso", x, K)
     x, ct, v = helpers.tree((x, ct, v))
