@@ -75,7 +75,7 @@ def agree(got, want, tolerance=1e-12):
 
 
 def agree_together(got, want, tolerance):
-    """As ``agree``, of all leaves as one vector: a scalar's gradient is a sum, and may cancel to less than it rounds."""
+    """As ``agree``, of all leaves as one vector: a scalar's gradient is a sum, and may cancel to almost nothing."""
     structure = jax.tree.structure(want)
     assert jax.tree.structure(got) == structure
     got, want = (jax.tree.leaves(side) for side in (got, want))

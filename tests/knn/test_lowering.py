@@ -11,6 +11,7 @@ import pytest
 import jax_knn_aggregate as jka
 from jax_knn_aggregate.ops.distortion.kernels import DENSE, FLAT
 from jax_knn_aggregate.ops.knn import aggregate
+from jax_knn_aggregate.ops.knn.metric import ANISOTROPIC, ISOTROPIC
 
 Q, P, F, K = 13, 17, 9, 5
 ARGUMENTS = helpers.ARGUMENTS
@@ -85,10 +86,10 @@ def test_the_inner_gradient_is_for_queries_alone(problem):
     """The first vjp of an Eikonal step computes one gradient, the second the rest."""
     metric, x = problem
     eqns = helpers.equations(jax.make_jaxpr(jax.jit(steps(metric)["Eikonal"]))(*x))
-    wrt = [e.params["wrt"] for e in eqns if e.primitive.name == f"{metric}_vjp"]
+    wanted = [e.params["masks"].wanted for e in eqns if e.primitive.name == f"{metric}_vjp"]
     queries = tuple(n == "q" for n in ARGUMENTS[metric])
-    assert sorted(wrt, key=sum)[0] == queries
-    assert len(wrt) == 2
+    assert sorted(wanted, key=sum)[0] == queries
+    assert len(wanted) == 2
 
 
 def test_only_queries_moving(problem):
@@ -98,9 +99,9 @@ def test_only_queries_moving(problem):
     eqns = helpers.equations(jax.make_jaxpr(jax.grad(helpers.eikonal(op)))(*x))
     for e in eqns:
         if e.primitive.name == f"{metric}_vjp":
-            assert e.params["wrt"] == tuple(n == "q" for n in ARGUMENTS[metric])
+            assert e.params["masks"].wanted == tuple(n == "q" for n in ARGUMENTS[metric])
         if e.primitive.name == f"{metric}_vjp_vjp":
-            assert e.params["want_x"] == tuple(n == "q" for n in ARGUMENTS[metric])
+            assert e.params["masks"].wanted[: len(x)] == tuple(n == "q" for n in ARGUMENTS[metric])
 
 
 def test_kernels_hold_no_array_of_all_pairs_or_features(problem, kernels):
@@ -140,8 +141,12 @@ def test_stated_outputs_are_those_of_the_reference(dtype):
     """Families state the shapes of their results, so that lowering need not trace the reference for them."""
     rest = {"aniso": ((P, 3), (P, 3, 3)), "iso": ((P, 1),)}
     families = [
-        (family, (*structs(dtype, (Q, 3), (P, 3)), *structs(of_f, (P, F)), *structs(dtype, *rest[metric.name])), (Q, K))
-        for metric, family in aggregate._FAMILIES.items()
+        (
+            aggregate.family(metric),
+            (*structs(dtype, (Q, 3), (P, 3)), *structs(of_f, (P, F)), *structs(dtype, *rest[metric.name])),
+            (Q, K),
+        )
+        for metric in (ANISOTROPIC, ISOTROPIC)
         for of_f in (dtype, jnp.bfloat16)
     ]
     families += [(DENSE, structs(dtype, (Q,), (Q,), width), None) for width in ((Q,), (1,))]

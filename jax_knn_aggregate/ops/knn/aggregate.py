@@ -21,7 +21,7 @@ from ...core import ffi
 from ...core.batch import Shape, fit, known, size
 from ...core.family import Family, Structs
 from ...core.ffi import bits, present
-from .metric import ANISOTROPIC, ISOTROPIC, Metric
+from .metric import Metric
 
 Struct = jax.ShapeDtypeStruct
 Operands = tuple[jax.Array, ...]
@@ -189,7 +189,8 @@ def invert(platform: str, idxs: jax.Array, P: int, summed: tuple[bool, ...]) -> 
     return list(ffi.call("invert", results)(idxs)[:2])
 
 
-def _make(metric: Metric) -> Family:
+@functools.cache
+def family(metric: Metric) -> Family:
     kernels: dict[str, Callable[..., Any]] = {
         "value": _value_kernel,
         "jvp": _jvp_kernel,
@@ -209,14 +210,11 @@ def _make(metric: Metric) -> Family:
     )
 
 
-_FAMILIES = {metric: _make(metric) for metric in (ANISOTROPIC, ISOTROPIC)}
-
-
 def aggregate(
     metric: Metric, x: Operands, idxs: jax.Array, implementation: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """f_out (..., Q, F), w_out (..., Q, K) and dists (..., Q, K) for x = (q, p, f, *parameters), idxs (..., Q, K)."""
-    f_out, w_out, dists = _FAMILIES[metric](*x, idxs, implementation=implementation)
+    f_out, w_out, dists = family(metric)(*x, idxs, implementation=implementation)
     return f_out, w_out, dists
 
 
