@@ -20,7 +20,8 @@ struct Registration {
   XLA_FFI_Handler* handler;
 };
 
-inline bool Bit(int32_t mask, int i) { return (mask >> i & 1) != 0; }
+// Of a mask that says which operands are given, or which results wanted; see `bits` of core/ffi.py.
+inline bool Bit(int64_t mask, int i) { return (mask >> i & 1) != 0; }
 
 // Runs `kernel` unless reading the buffers failed.
 template <class Args>

@@ -1,8 +1,8 @@
 // Binds the kernels of the distortion loss to XLA; see jax_knn_aggregate/ops/distortion/kernels.py.
 //   operands  w (N,)  m (N,)  interval (N,) or (1,)  [offsets (R+1,) int32]
-//             then, where the bit mask `along` says so, tangents of w, m, interval
-//             and, where a gradient is wanted, the cotangent of the loss, () or (R,), and its tangent if `along` has it
-//   results   those of the bit mask `want`: gradients in w (N,), m (N,) and interval (N,), or () or (R,) where it is
+//             then, where the bit mask `given` says so, tangents of w, m, interval, and the cotangent of the loss, ()
+//             or (R,), and its tangent; see core/one_target.py
+//   results   those of the bit mask `want`: gradients in w (N,), m (N,) and interval (N,), or (1,) or (R,) where it is
 //             shared; then the loss, () or (R,). Given tangents, the derivatives of all these along them.
 
 #include "common/bind.h"
@@ -20,7 +20,7 @@ void CheckSamples(Reader& in, int64_t N) {
 }
 
 template <class T>
-Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want, bool shared_interval) {
+Distortion<T> Read(Reader& in, bool flat, int64_t given, int64_t want, bool shared_interval) {
   Distortion<T> a = {};
   a.batch = in.batch();
   a.N = in.Size(0, 0);
@@ -32,23 +32,22 @@ Distortion<T> Read(Reader& in, bool flat, int32_t along, int32_t want, bool shar
   a.m = in.Arg<T>({a.N});
   a.interval = in.Arg<T>({width});
   a.offsets = in.ArgIf<int32_t>(flat, {a.R + 1});
-  a.v_w = in.ArgIf<T>(Bit(along, 0), {a.N});
-  a.v_m = in.ArgIf<T>(Bit(along, 1), {a.N});
-  a.v_interval = in.ArgIf<T>(Bit(along, 2), {width});
+  a.v_w = in.ArgIf<T>(Bit(given, 0), {a.N});
+  a.v_m = in.ArgIf<T>(Bit(given, 1), {a.N});
+  a.v_interval = in.ArgIf<T>(Bit(given, 2), {width});
 
   // Without the ray axis, a ray's number is a scalar.
   const auto read_rays = [&] { return flat ? in.Arg<T>({a.R}) : in.Arg<T>({}); };
-  const auto rays = [&](bool wanted) {
-    return flat ? in.RetIf<T>(wanted, a.batch, {a.R}) : in.RetIf<T>(wanted, a.batch, {});
-  };
-  if ((want & 7) != 0) a.ct = read_rays();
-  if (Bit(along, 3)) a.v_ct = read_rays();
+  if (Bit(given, 3)) a.ct = read_rays();
+  if (Bit(given, 4)) a.v_ct = read_rays();
   a.w_bar = in.RetIf<T>(Bit(want, 0), a.batch, {a.N});
   a.m_bar = in.RetIf<T>(Bit(want, 1), a.batch, {a.N});
-  a.interval_bar = a.shared_interval ? rays(Bit(want, 2)) : in.RetIf<T>(Bit(want, 2), a.batch, {a.N});
-  a.loss = rays(Bit(want, 3));
+  a.interval_bar = in.RetIf<T>(Bit(want, 2), a.batch, {a.shared_interval ? a.R : a.N});
+  if (Bit(want, 3)) a.loss = flat ? in.Ret<T>(a.batch, {a.R}) : in.Ret<T>(a.batch, {});
+  const int64_t along = given & ~8;  // tangents
+  if ((want & 7) != 0 && !Bit(given, 3)) in.Fail("gradients need a cotangent");
   if (along == 0 && want > 8) in.Fail("without tangents, a call gives the loss or gradients");
-  if (along == 8) in.Fail("a tangent of the cotangent alone is a cotangent");
+  if (along == 16) in.Fail("a tangent of the cotangent alone is a cotangent");
   if (along == 1 && want == 1) {  // linear; see formulas.h
     a.w = a.v_w;
     a.v_w = {};
@@ -68,11 +67,11 @@ RayOffsets Read(Reader& in) {
 }
 
 template <bool flat>
-ffi::Future Cpu(ffi::ThreadPool pool, int32_t along, int32_t want, int32_t shared_interval, ffi::RemainingArgs args,
+ffi::Future Cpu(ffi::ThreadPool pool, int64_t given, int64_t want, int32_t shared_interval, ffi::RemainingArgs args,
                 ffi::RemainingRets rets) {
   Reader in(args, rets, 1);
   const auto run = [&](auto t) {
-    const auto distortion = Read<decltype(t)>(in, flat, along, want, shared_interval != 0);
+    const auto distortion = Read<decltype(t)>(in, flat, given, want, shared_interval != 0);
     return RunCpu(pool, in, KNN_BEST(DistortionKernel(distortion)), distortion);
   };
   return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());
@@ -85,7 +84,7 @@ ffi::Future OffsetsCpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
 }
 
 #define KNN_ATTRIBUTES \
-  Attr<int32_t>("along").Attr<int32_t>("want").Attr<int32_t>("shared_interval").RemainingArgs().RemainingRets()
+  Attr<int64_t>("given").Attr<int64_t>("want").Attr<int32_t>("shared_interval").RemainingArgs().RemainingRets()
 
 XLA_FFI_DEFINE_HANDLER(kDenseCpu, Cpu<false>, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER(kFlatCpu, Cpu<true>, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
@@ -95,11 +94,11 @@ XLA_FFI_DEFINE_HANDLER(kOffsetsCpu, OffsetsCpu,
 #ifdef KNN_CUDA
 
 template <bool flat>
-ffi::Error Cuda(cudaStream_t stream, int32_t along, int32_t want, int32_t shared_interval, ffi::RemainingArgs args,
+ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t shared_interval, ffi::RemainingArgs args,
                 ffi::RemainingRets rets) {
   Reader in(args, rets, 1);
   const auto run = [&](auto t) {
-    const auto distortion = Read<decltype(t)>(in, flat, along, want, shared_interval != 0);
+    const auto distortion = Read<decltype(t)>(in, flat, given, want, shared_interval != 0);
     return RunCuda(in, [&] { return LaunchDistortion(distortion, stream); });
   };
   return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());

@@ -95,9 +95,12 @@ def call(target: str, results: Sequence[jax.ShapeDtypeStruct], **attributes: Any
     return functools.partial(jax.ffi.ffi_call(PREFIX + target, list(results)), **attributes)
 
 
-def bits(values: Iterable[Any]) -> np.int32:
-    """An attribute that says which of ``values`` are not None: bit i for the i-th."""
-    return np.int32(sum(1 << i for i, v in enumerate(values) if v is not None))
+def bits(values: Iterable[Any]) -> np.int64:
+    """An attribute that says which of ``values`` are not None: bit i for the i-th (Bit of csrc/common/bind.h)."""
+    there = [v is not None for v in values]
+    if len(there) > 63:
+        raise ValueError(f"{len(there)} operands or results for one mask of a kernel call, which has bits for 63.")
+    return np.int64(sum(1 << i for i, v in enumerate(there) if v))
 
 
 def present(*groups: Iterable[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ Such a target computes y and Jᵀ ct, and with dual numbers (csrc/common/dual.h)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,13 +18,25 @@ Group = tuple[Any, ...]  # arrays or shapes, None for what is not there
 Kernel = Callable[..., list[jax.Array] | None]
 
 
-def one_target(target: str, *, x: int, y: int) -> dict[str, Kernel]:
+def one_target(
+    target: str,
+    *,
+    x: int,
+    y: int,
+    attributes: Callable[[Group, Group], Mapping[str, Any]] = lambda x, aux: {},
+    parts: Callable[[Group, Group], Mapping[int, Shape]] = lambda x, aux: {},
+) -> dict[str, Kernel]:
     """The ``kernels`` of a ``Family`` with ``x`` differentiable operands and ``y`` results.
 
-    The target gets x and aux, then those operands that its attribute ``given`` names, an int32 bit mask: tangents of x,
-    cotangents of y, tangents of these. Its results are those that ``want`` names: gradients in x, then y. If a tangent
-    is given they are derivatives along the tangents, of which missing ones are zero. Results have all batch axes in
-    full; sums over those along which an operand is shared are taken here.
+    The target gets x and aux, then those operands that its attribute ``given`` names, an int64 bit mask: tangents of x,
+    cotangents of y (where gradients are wanted), tangents of these. Its results are those that ``want`` names:
+    gradients in x, then y. If a tangent is given they are derivatives along the tangents, of which missing ones are
+    zero. Results have all batch axes in full; sums over those along which an operand is shared are taken here.
+
+    Args:
+      attributes: ``attributes(x, aux)``, further attributes of a call.
+      parts: ``parts(x, aux)``, core shapes of those results that the target gives in parts, by position: along an axis
+        where the result has size 1, it is the sum of these.
     """
     no_x, no_y = (None,) * x, (None,) * y
 
@@ -34,11 +46,16 @@ def one_target(target: str, *, x: int, y: int) -> dict[str, Kernel]:
         platform, batch, *operands = at
         if not ffi.available(target, platform):
             return None
-        wanted = present(results)
-        full = [jax.ShapeDtypeStruct(batch + s.shape[len(batch) :], s.dtype) for s in wanted]
+        ct = ct if present(results[:x]) else no_y
+        in_parts = parts(*operands)
+        full = [
+            jax.ShapeDtypeStruct(batch + in_parts.get(i, s.shape[len(batch) :]), s.dtype)
+            for i, s in enumerate(results)
+            if s is not None
+        ]
         masks = {"given": bits((*v, *ct, *v_ct)), "want": bits(results)}
-        got = ffi.call(target, full)(*present(*operands, v, ct, v_ct), **masks)
-        return [fit(a, s.shape) for a, s in zip(got, wanted, strict=True)]
+        got = ffi.call(target, full)(*present(*operands, v, ct, v_ct), **masks, **attributes(*operands))
+        return [fit(a, s.shape) for a, s in zip(got, present(results), strict=True)]
 
     def value(p: str, b: Shape, x: Group, aux: Group, y: Group) -> Any:
         return call((p, b, x, aux), (*no_x, *y))

@@ -256,5 +256,5 @@ def test_checks(rng):
     with pytest.raises(jax.errors.JaxRuntimeError, match="operand 2"):
         struct = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
         jax.block_until_ready(
-            ffi.call("toy", struct)(a, x, table.astype(jnp.float32), k, given=np.int32(0), want=np.int32(8))
+            ffi.call("toy", struct)(a, x, table.astype(jnp.float32), k, given=np.int64(0), want=np.int64(8))
         )

@@ -21,7 +21,7 @@ namespace {
 using Role = AggregateRole;
 
 struct Masks {
-  int32_t outs = 0, along = 0, want_x = 0, want_ct = 0;
+  int64_t outs = 0, along = 0, want_x = 0, want_ct = 0;
 };
 
 template <class T, class TF>
@@ -55,7 +55,7 @@ Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& mas
 
   const bool values = role == Role::kValue || role == Role::kJvp;
   const bool points = (masks.want_x >> 1) != 0;
-  const int32_t want_y = values ? 7 : masks.want_ct;
+  const int64_t want_y = values ? 7 : masks.want_ct;
   a.kept = points ? in.RetBatch(Bit(masks.want_x, 0) ? 1 : 0) : a.batch;
   int64_t pairs = a.Q * a.K;
   if (points) {
@@ -129,13 +129,13 @@ struct Handler {
   static auto Plain(Context context, ffi::RemainingArgs args, ffi::RemainingRets rets) {
     return Run(context, args, rets, {});
   }
-  static auto Jvp(Context context, int32_t along, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  static auto Jvp(Context context, int64_t along, ffi::RemainingArgs args, ffi::RemainingRets rets) {
     return Run(context, args, rets, {0, along, 0, 0});
   }
-  static auto Vjp(Context context, int32_t outs, int32_t want_x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  static auto Vjp(Context context, int64_t outs, int64_t want_x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
     return Run(context, args, rets, {outs, 0, want_x, 0});
   }
-  static auto VjpVjp(Context context, int32_t outs, int32_t along, int32_t want_x, int32_t want_ct,
+  static auto VjpVjp(Context context, int64_t outs, int64_t along, int64_t want_x, int64_t want_ct,
                      ffi::RemainingArgs args, ffi::RemainingRets rets) {
     return Run(context, args, rets, {outs, along, want_x, want_ct});
   }
@@ -152,15 +152,15 @@ auto Bind() {
 }
 
 #define KNN_BIND_PLAIN(Context) Bind<Context>().RemainingArgs().RemainingRets()
-#define KNN_BIND_JVP(Context) Bind<Context>().template Attr<int32_t>("along").RemainingArgs().RemainingRets()
+#define KNN_BIND_JVP(Context) Bind<Context>().template Attr<int64_t>("along").RemainingArgs().RemainingRets()
 #define KNN_BIND_VJP(Context) \
-  Bind<Context>().Attr<int32_t>("outs").Attr<int32_t>("want_x").RemainingArgs().RemainingRets()
+  Bind<Context>().Attr<int64_t>("outs").Attr<int64_t>("want_x").RemainingArgs().RemainingRets()
 #define KNN_BIND_VJP_VJP(Context) \
   Bind<Context>()                 \
-      .Attr<int32_t>("outs")      \
-      .Attr<int32_t>("along")     \
-      .Attr<int32_t>("want_x")    \
-      .Attr<int32_t>("want_ct")   \
+      .Attr<int64_t>("outs")      \
+      .Attr<int64_t>("along")     \
+      .Attr<int64_t>("want_x")    \
+      .Attr<int64_t>("want_ct")   \
       .RemainingArgs()            \
       .RemainingRets()
 

@@ -115,7 +115,7 @@ def _call_with_inverse(
     of_points: Operands,
     want_x: MaybeStructs,
     want_ct: MaybeStructs,
-    masks: dict[str, np.int32],
+    masks: dict[str, np.int64],
 ) -> list[jax.Array] | None:
     """Calls a kernel whose results may include gradients of points, which sum over all pairs that name the point.
 

@@ -8,7 +8,7 @@
 namespace knn::KNN_ISA {
 
 template <class T>
-Toy<T> Read(Reader& in, int32_t given, int32_t want) {
+Toy<T> Read(Reader& in, int64_t given, int64_t want) {
   const int64_t N = in.Size(1, 0), entries = in.Size(2, 0);
   Toy<T> t = {};
   t.batch = in.batch(), t.N = N, t.entries = entries;
@@ -29,7 +29,7 @@ Toy<T> Read(Reader& in, int32_t given, int32_t want) {
   return t;
 }
 
-ffi::Future Cpu(ffi::ThreadPool pool, int32_t given, int32_t want, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Future Cpu(ffi::ThreadPool pool, int64_t given, int64_t want, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, /*first_core_ndim=*/0);
   const auto run = [&](auto zero) {
     return RunCpu(pool, in, ToyKernel<decltype(zero)>((given & ~8) != 0), Read<decltype(zero)>(in, given, want));
@@ -37,7 +37,7 @@ ffi::Future Cpu(ffi::ThreadPool pool, int32_t given, int32_t want, ffi::Remainin
   return in.Type(0) == ffi::DataType::F64 ? run(0.0) : run(0.0f);
 }
 
-#define TOY_ATTRIBUTES Attr<int32_t>("given").Attr<int32_t>("want").RemainingArgs().RemainingRets()
+#define TOY_ATTRIBUTES Attr<int64_t>("given").Attr<int64_t>("want").RemainingArgs().RemainingRets()
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ToyCpu, Cpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().TOY_ATTRIBUTES);
 
 }  // namespace knn::KNN_ISA
