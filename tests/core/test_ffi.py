@@ -69,6 +69,13 @@ def test_availability():
     assert not ffi.available("no_such_target", helpers.PLATFORM)
 
 
+def test_masks_of_many_operands():
+    assert ffi.bits([1, None] * 31) == int("01" * 31, 2)
+    assert ffi.bits([None] * 62 + [1]) == 2**62
+    with pytest.raises(ValueError, match="has bits for 63"):
+        ffi.bits([None] * 64)
+
+
 def test_kernels_check_their_operands(kernels, rng):
     """Operands that Python's checks would never pass: an error of the call, not a crash, and JAX lives on."""
     x = helpers.tree(helpers.cloud(rng, "aniso", 4, 6, 2, dtype=np.float32))

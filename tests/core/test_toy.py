@@ -5,6 +5,9 @@ shardings is compared with what JAX makes of the formula in float64.
 """
 
 import ctypes
+import functools
+import itertools
+import math
 import os
 import pathlib
 import re
@@ -21,6 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from toy.toy import toy
 
 from jax_knn_aggregate.core import ffi
+from jax_knn_aggregate.core.family import Family
+from jax_knn_aggregate.core.one_target import one_target
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZES = {"a": (), "x": (17,), "table": (5,)}
@@ -224,6 +229,59 @@ def test_items_split_over_devices(cpu_implementation, cpu_devices, rng, kind):
     got = compiled(*placed)
     assert got[1].sharding.is_equivalent_to(split, 1)
     agree_together(got, gradient(formula)(*(v.astype(float) for v in (a, x, table)), k), 1e-5)
+
+
+@functools.cache
+def mixture(n):
+    """A family of as many operands as a configuration says: y0 = Σ_i sin(i x_i) x_{i+1}, y1 = Π_i (x_i + 2 k)."""
+
+    def reference(x, aux):
+        waves = sum(jnp.sin(i * a) * b for i, (a, b) in enumerate(itertools.pairwise(x)))
+        return waves, math.prod(a + 2 * aux[0].astype(a.dtype) for a in x)
+
+    return Family(
+        f"mixture{n}",
+        reference=reference,
+        outputs=lambda x, aux: [jax.ShapeDtypeStruct(x[0].shape, x[0].dtype)] * 2,
+        x_ndims=(1,) * n,
+        aux_ndims=(1,),
+        y_ndims=(1, 1),
+        kernels=one_target("mixture", x=n, y=2),
+    )
+
+
+def test_any_number_of_operands(rng):
+    """Twelve, of which some move and some are mapped, by one family for each number."""
+    x, k = [jnp.asarray(rng.normal(size=3)) for _ in range(12)], jnp.asarray([1, 0, 1], jnp.int32)
+    many = jnp.asarray(rng.normal(size=(4, 3)))
+    some = (x[1], x[4], x[11])
+    assert mixture(12) is mixture(12) is not mixture(3)
+
+    def losses(op):
+        def f(a, b, c):
+            waves, product = op(x[0], a, *x[2:4], b, *x[5:11], c, k)
+            return (jnp.square(waves) * jnp.tanh(product)).sum()
+
+        of_first = lambda *o: op(o[0], *x[1:11], o[1], k)[0].sum()  # noqa: E731
+        return f, jax.grad(f, (0, 2)), jax.vmap(jax.grad(of_first, (0, 1)), (0, None)), jax.vmap(f, (None, 0, None))
+
+    def plain(*operands):
+        return mixture(12).reference(operands[:12], operands[12:])
+
+    (f, gradient, each, mapped), (g, *wanted) = losses(mixture(12)), losses(plain)
+    agree(jax.jit(f)(*some), g(*some))
+    agree(jax.jit(gradient)(*some), wanted[0](*some))
+    agree(jax.jit(each)(many, x[11]), wanted[1](many, x[11]))
+    agree(
+        jax.grad(lambda *o: mapped(*o).sum(), (0, 1))(x[1], many, x[11]),
+        jax.grad(lambda *o: wanted[2](*o).sum(), (0, 1))(x[1], many, x[11]),
+    )
+    for nesting in ("forward over reverse", "reverse over forward", "reverse over reverse", "forward over forward"):
+        agree(*(jax.jit(hvp(lambda z, h=h: h(*z), nesting))(some, some) for h in (f, g)))
+    # What is not asked for is no operand and no result.
+    (last,) = [e for e in jax.make_jaxpr(gradient)(*some).eqns if e.primitive.name == "mixture12_vjp"]
+    assert (len(last.invars), len(last.outvars)) == (12 + 1 + 2, 2)
+    assert str(last.params["masks"]) == "<given 11, wanted 010000000001>"
 
 
 def test_export(rng):
