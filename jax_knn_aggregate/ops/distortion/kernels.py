@@ -81,10 +81,14 @@ def _call(
         for i, s in enumerate(results)
         if s is not None
     ]
+    scratch = []
+    if platform == "cuda" and present(results[:2]):
+        tiles = x[0].shape[-1] // (ffi.number("cuda.tile_bytes") // x[0].dtype.itemsize)
+        scratch = [Struct((*batch, tiles, ffi.number("cuda.right_sums")), x[0].dtype)]
     attributes = {"along": bits((*v, *v_ct)), "want": bits(results), "shared_interval": np.int32(shared)}
-    got = ffi.call(target, given)(*x, *aux, *present(v, ct, v_ct), **attributes)
+    got = ffi.call(target, [*given, *scratch])(*x, *aux, *present(v, ct, v_ct), **attributes)
     out = []
-    for a, s in zip(got, present(results), strict=True):
+    for a, s in zip(got[: len(given)], present(results), strict=True):
         if a.shape[len(batch) :] != s.shape[len(batch) :]:
             a = a.reshape(*batch, *(rays or (1,))).sum(-1, keepdims=True)
         out.append(fit(a, s.shape))
