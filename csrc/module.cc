@@ -8,6 +8,7 @@
 
 #include "common/bind.h"
 #include "common/cpu.h"
+#include "distortion/distortion.h"
 #include "knn/aggregate/aggregate.h"
 #include "knn/index/index.h"
 #include "knn/invert/invert.h"
@@ -73,6 +74,8 @@ nb::dict Numbers() {
   n["cuda.invert_tile"] = knn::kCountedTile;
   n["cuda.piece_pairs"] = knn::kPiecePairs;
   n["cuda.piece_terms"] = knn::kPieceTerms;
+  n["cuda.tile_bytes"] = knn::kTileBytes;
+  n["cuda.right_sums"] = knn::kRightSums;
   return n;
 }
 

@@ -5,8 +5,9 @@
 // formulas.h for its samples. Gradients are put in order in shared memory, so that they are written in whole lines.
 //
 // Of a ray of several tiles, a sweep from the right sums all but the first, before any gradient is computed. What is to
-// the right of a tile then waits where the tile's gradients will be.
+// the right of a tile waits in scratch.
 
+#include <cuda/annotated_ptr>
 #include <type_traits>
 
 #include "common/cuda.cuh"
@@ -167,8 +168,10 @@ __device__ __forceinline__ void LookBeyond(Run& left, Run& right, Run& left_of, 
   right = on_right;
 }
 
-// Asks for the line of an address to be in the L2 cache.
-__device__ __forceinline__ void Prefetch(const void* a) { asm volatile("prefetch.global.L2 [%0];" ::"l"(a)); }
+// Asks for the line of an address to be in the L2 cache; not on Turing.
+__device__ __forceinline__ void Prefetch(const void* a) {
+  ::cuda::apply_access_property(a, 128, ::cuda::access_property::normal{});
+}
 
 template <class T>
 struct alignas(16) Packet {
@@ -182,6 +185,7 @@ struct Entry {
   int samples;
   const T *w, *m, *interval, *v_w, *v_m, *v_interval;
   T *w_bar, *m_bar, *interval_bar;
+  T* right_sums;
   bool shared_interval;
 };
 
@@ -307,17 +311,17 @@ struct Tiles {
   // Adds this lane's share of half the ray's loss, or of its tangent, and of the interval's gradient.
   static __device__ __forceinline__ void Compute(const Entry<T>& entry, const Ray<T>& ray, Packet<T>* slots, T& loss,
                                                  T& interval_sum) {
-    // What is to the right of a tile waits at its first sample. There is room, since the tile is not the last.
-    T* const bars = kAll && entry.w_bar == nullptr ? entry.m_bar : entry.w_bar;
-    const auto copy = [](const T* from, T* to) {
-#pragma unroll
-      for (int i = 0; i < int{sizeof(Sums) / sizeof(T)}; ++i) to[i] = from[i];
+    // What is to the right of tiles between the first and the last. They are whole, so no two begin in the same kTile.
+    static_assert(kTile * sizeof(T) >= kTileBytes && sizeof(Sums) <= kRightSums * sizeof(T));
+    const auto right_sums = [&](int at) {
+      return reinterpret_cast<Sums*>(entry.right_sums) + static_cast<unsigned>(at) / kTile;
     };
     // Where tiles begin: so that packets are aligned.
     const int first =
         ray.begin - static_cast<int>((reinterpret_cast<uintptr_t>(entry.w) / sizeof(T) + ray.begin) % kPacket);
     const int last = first + (ray.end - first - 1) / kTile * kTile;
-    const bool both_sides = kWeights && (!kAll || bars != nullptr);  // else the loss is counted from the left alone
+    // Else the loss is counted from the left alone.
+    const bool both_sides = kWeights && (!kAll || entry.w_bar != nullptr || entry.m_bar != nullptr);
     bool sweep = both_sides && last > first;
     Sums left_of = {}, right_of = {};  // the tiles still to come
     const N shared =
@@ -348,14 +352,14 @@ struct Tiles {
         right_of.x = Scale(-1, origin);
         at -= kTile;
         sweep = at > first;
-        if (sweep && Lane() == 0) copy(reinterpret_cast<const T*>(&right_of), bars + at);
+        if (sweep && Lane() == 0) *right_sums(at) = right_of;
         __syncwarp();
         continue;
       }
       if (at == last) {
         right_of = {};
       } else if (both_sides && at > first) {
-        copy(bars + at, reinterpret_cast<T*>(&right_of));
+        right_of = *right_sums(at);
       }
 
       // Sums within the run: of the moments on both sides, and the difference of their masses.
@@ -480,6 +484,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kMinWarps<N> / kWarps)
   entry.w_bar = result(args.w_bar);
   entry.m_bar = result(args.m_bar);
   entry.interval_bar = args.shared_interval ? nullptr : result(args.interval_bar);
+  entry.right_sums = args.right_sums + int64_t{b} * WholeTiles(args) * kRightSums;
   entry.shared_interval = args.shared_interval;
 
   const int64_t first = int64_t{group} * rays_each;

@@ -28,7 +28,17 @@ struct Distortion {
   T* loss;           // [R]
   T *w_bar, *m_bar;  // [N]
   T* interval_bar;   // [N], or [R] if the interval is shared
+
+  T* right_sums;  // [WholeTiles, kRightSums]; scratch, on CUDA alone, where w_bar or m_bar is wanted
 };
+
+// Of the CUDA kernel, whose tiles have at least as many bytes of each array. Its scratch is for each whole tile that
+// may be there, and holds sums over what is to the right of it.
+inline constexpr int kTileBytes = 512, kRightSums = 8;
+template <class T>
+KNN_FN int64_t WholeTiles(const Distortion<T>& a) {
+  return a.N / (kTileBytes / int{sizeof(T)});
+}
 
 template <class T>
 KNN_FN bool HasTangents(const Distortion<T>& a) {

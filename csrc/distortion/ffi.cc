@@ -3,7 +3,8 @@
 //             then, where the bit mask `given` says so, tangents of w, m, interval, and the cotangent of the loss, ()
 //             or (R,), and its tangent; see core/one_target.py
 //   results   those of the bit mask `want`: gradients in w (N,), m (N,) and interval (N,), or (1,) or (R,) where it is
-//             shared; then the loss, () or (R,). Given tangents, the derivatives of all these along them.
+//             shared; then the loss, () or (R,). Given tangents, the derivatives of all these along them. On CUDA last
+//             scratch, where a gradient in w or m is wanted: (whole tiles of 512 bytes that N samples have, 8)
 
 #include "common/bind.h"
 #include "distortion/cpu.h"
@@ -98,7 +99,9 @@ ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t shared
                 ffi::RemainingRets rets) {
   Reader in(args, rets, 1);
   const auto run = [&](auto t) {
-    const auto distortion = Read<decltype(t)>(in, flat, given, want, shared_interval != 0);
+    auto distortion = Read<decltype(t)>(in, flat, given, want, shared_interval != 0);
+    distortion.right_sums =
+        in.RetIf<decltype(t)>((want & 3) != 0, distortion.batch, {WholeTiles(distortion), kRightSums});
     return RunCuda(in, [&] { return LaunchDistortion(distortion, stream); });
   };
   return in.Type(0) == ffi::DataType::F64 ? run(double()) : run(float());

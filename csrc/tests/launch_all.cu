@@ -196,6 +196,7 @@ void ExerciseDistortion(int64_t N, int64_t R, bool shared) {
       of_all.m_bar = Allocate<T>(B * N);
       of_all.interval_bar = Allocate<T>(shared ? B * args.R : B * N);
       if (tangents) of_all.loss = value.loss;
+      of_w.right_sums = of_all.right_sums = Allocate<T>(B * WholeTiles(args) * kRightSums);
       for (const Distortion<T>& role : {value, of_w, of_all}) {
         Check(LaunchDistortion(role, nullptr), "distortion");
         Check(cudaDeviceSynchronize(), "synchronize");

@@ -5,7 +5,7 @@ Such a target computes y and Jᵀ ct, and with dual numbers (csrc/common/dual.h)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,10 @@ def one_target(
     y: int,
     attributes: Callable[[Group, Group], Mapping[str, Any]] = lambda x, aux: {},
     parts: Callable[[Group, Group], Mapping[int, Shape]] = lambda x, aux: {},
+    sums: Collection[int] = (),
+    scratch: Callable[
+        [str, Shape, Group, Group], Sequence[jax.ShapeDtypeStruct]
+    ] = lambda platform, batch, x, results: (),
 ) -> dict[str, Kernel]:
     """The ``kernels`` of a ``Family`` with ``x`` differentiable operands and ``y`` results.
 
@@ -37,6 +41,8 @@ def one_target(
       attributes: ``attributes(x, aux)``, further attributes of a call.
       parts: ``parts(x, aux)``, core shapes of those results that the target gives in parts, by position: along an axis
         where the result has size 1, it is the sum of these.
+      sums: positions of those results that the target itself sums over batch axes along which they have size 1.
+      scratch: ``scratch(platform, batch, x, results)``, what the target wants to write to behind its results.
     """
     no_x, no_y = (None,) * x, (None,) * y
 
@@ -49,13 +55,14 @@ def one_target(
         ct = ct if present(results[:x]) else no_y
         in_parts = parts(*operands)
         full = [
-            jax.ShapeDtypeStruct(batch + in_parts.get(i, s.shape[len(batch) :]), s.dtype)
+            s if i in sums else jax.ShapeDtypeStruct(batch + in_parts.get(i, s.shape[len(batch) :]), s.dtype)
             for i, s in enumerate(results)
             if s is not None
         ]
         masks = {"given": bits((*v, *ct, *v_ct)), "want": bits(results)}
+        full += scratch(platform, batch, operands[0], results)
         got = ffi.call(target, full)(*present(*operands, v, ct, v_ct), **masks, **attributes(*operands))
-        return [fit(a, s.shape) for a, s in zip(got, present(results), strict=True)]
+        return [fit(a, s.shape) for a, s in zip(got, present(results), strict=False)]
 
     def value(p: str, b: Shape, x: Group, aux: Group, y: Group) -> Any:
         return call((p, b, x, aux), (*no_x, *y))

@@ -224,7 +224,7 @@ __device__ __forceinline__ __half KthSmallest(const __half2 (&mine)[n], int K) {
 }
 
 // The query's side of the product.
-__device__ __forceinline__ Halves Monomials(Vec3<float> q, float reach) {
+__device__ __forceinline__ Halves MonomialsOf(Vec3<float> q, float reach) {
   Halves out = {};
   const float of[kMonomials] = {q.x, q.y, q.z, q.x * q.x, q.y * q.y, q.z * q.z, q.x * q.y, q.x * q.z, q.y * q.z};
 #pragma unroll
@@ -237,112 +237,135 @@ __device__ __forceinline__ Halves Monomials(Vec3<float> q, float reach) {
   return out;
 }
 
-constexpr int kStages = 4;  // tiles on their way to a warp
+constexpr int kAhead = 4;                   // tiles on their way to a warp
+using Ring = uint4[kWarps][kAhead][kWarp];  // through which they come
 
-// Shared memory of a block. What shares a union is used at different times. With two sets of groups, and twice as many
-// candidates, there is room for half as many queries, here and in registers.
+// The stages of a block, which owns kQueries queries. Its warps share out the points: warp w has tiles w, w + kWarps,
+// ... K is at most kSets * kWarp, half as many as there are groups. With two sets of them, and twice as many
+// candidates, there is room for half as many queries, in shared memory and in registers.
 template <class M, int kSets>
-struct Shared {
+struct Stages {
   static constexpr int kRowTiles = 6 / kSets;  // of 16 queries
   static constexpr int kQueries = 16 * kRowTiles;
-  static constexpr int kMaxCandidates = 80 * kSets;               // so that this suffices on Ampere and Ada
+  static constexpr int kMaxCandidates = 80 * kSets;               // so that shared memory suffices on Ampere and Ada
   static constexpr int kRecord = sizeof(Record<M>) / 16;          // of 16 bytes
   static constexpr int kStride = kRecord == 1 ? 1 : kRecord + 1;  // so that lanes reading records hit different banks
 
-  union {
-    Halves monomials[kQueries];
-    __half minima[kSets][kQueries][kGroups + 8];
-    uint32_t hits[kQueries][kGroups + 4][2];  // a bit for each of a warp's next 64 tiles
+  // Shared memory: of each stage, and what a later one reads.
+  struct Monomials {
+    Halves of[kQueries];
+  };
+  struct Minima {
+    Ring ring;
+    __half of[kSets][kQueries][kGroups + 8];
+  };
+  struct Hits {
+    Ring ring;
+    uint32_t of[kQueries][kGroups + 4][2];  // a bit for each of a warp's next 64 tiles
+  };
+  struct Ranking {
+    float4 dists[kWarps][(kMaxCandidates + kWarp - 1) / kWarp * kWarp / 4];
     uint4 records[kWarps][2][kWarp * kStride];
   };
-  union {
-    uint4 ring[kWarps][kStages][kWarp];
-    float4 dists[kWarps][(kMaxCandidates + kWarp - 1) / kWarp * kWarp / 4];
+  struct Found {
+    int candidates[kQueries][kMaxCandidates];
+    int num_candidates[kQueries];
+    __half radius[kQueries];  // negative
   };
-  int candidates[kQueries][kMaxCandidates];
-  int num_candidates[kQueries];
-  __half radius[kQueries];
-};
+  struct Shared {
+    union {
+      Monomials monomials;
+      Minima minima;
+      Hits hits;
+      Ranking ranking;
+    };
+    Found found;
+  };
 
-// A block owns kQueries queries. Its warps share out the points: warp w has tiles w, w + kWarps, ... K is at most
-// kSets * kWarp, half as many as there are groups.
-template <class M, int kSets>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
-    FilterKernel(const Search<float> args, const Batch clouds, unsigned blocks_per_entry, const Scratch scratch) {
-  using Memory = Shared<M, kSets>;
-  constexpr int kRowTiles = Memory::kRowTiles, kQueries = Memory::kQueries, kMaxCandidates = Memory::kMaxCandidates;
-  extern __shared__ uint4 shared_memory[];
-  Memory& shared = *reinterpret_cast<Memory*>(shared_memory);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned b = blockIdx.x / blocks_per_entry;
-  const int64_t c = EntryOf(clouds, args.batch, b);
-  const int64_t first = int64_t{blockIdx.x % blocks_per_entry} * kQueries;
-  const int num_queries = static_cast<int>(min(int64_t{kQueries}, args.Q - first));
-  const float* q = At(args.q, args.batch, b) + 3 * first;
-  const int K = static_cast<int>(args.K);
-  const int tiles = static_cast<int>(CeilDiv(args.P, kColumns));
+  // A lane's part of the product's sides. Lane 4 g + t has rows g and g + 8 of each tile of queries, and places 8t to
+  // 8t + 7.
+  struct Rows {
+    uint4 low[kRowTiles], high[kRowTiles];
+  };
+  struct Points {
+    const uint4* halves;  // of tile 0, this lane's
+    int tiles;
 
-  if (threadIdx.x < kQueries) {
-    const Frame frame = scratch.frames[c];
+    // How many tiles a warp has from its tile `start` on.
+    __device__ __forceinline__ int Steps(int start) const { return max(0, (tiles - start + kWarps - 1) / kWarps); }
+  };
+
+  static __device__ __forceinline__ int Lane() { return threadIdx.x % kWarp; }
+  static __device__ __forceinline__ int Warp() { return threadIdx.x / kWarp; }
+
+  // Queries out of range count as having too many candidates.
+  static __device__ __forceinline__ void WriteMonomials(const float* q, int num_queries, const Frame* of_cloud,
+                                                        Monomials& monomials, Found& found) {
+    if (threadIdx.x >= kQueries) return;
+    const Frame frame = *of_cloud;
     const Vec3<float> moved = Load3(q + 3 * min(static_cast<int>(threadIdx.x), num_queries - 1)) - frame.centre;
     const Vec3<float> at = {ldexpf(moved.x, -frame.log_size), ldexpf(moved.y, -frame.log_size),
                             ldexpf(moved.z, -frame.log_size)};
     const float reach = fmaxf(fmaxf(fabsf(at.x), fabsf(at.y)), fabsf(at.z));
     const bool in_range = fabsf(at.x) <= kMaxPosition && fabsf(at.y) <= kMaxPosition && fabsf(at.z) <= kMaxPosition &&
                           abs(frame.log_unit) <= kMaxUnit;
-    shared.monomials[threadIdx.x] = in_range ? Monomials(at, reach) : Halves{};
-    shared.num_candidates[threadIdx.x] = in_range ? 0 : kMaxCandidates + 1;
+    monomials.of[threadIdx.x] = in_range ? MonomialsOf(at, reach) : Halves{};
+    found.num_candidates[threadIdx.x] = in_range ? 0 : kMaxCandidates + 1;
   }
-  __syncthreads();
 
-  // Lane 4 g + t has rows g and g + 8 of each tile of queries, and places 8t to 8t + 7.
-  const int g = lane / 4, t = lane % 4;
-  uint4 low[kRowTiles], high[kRowTiles];
+  static __device__ __forceinline__ Rows ReadRows(const Monomials& monomials) {
+    const int g = Lane() / 4, t = Lane() % 4;
+    Rows rows;
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-    low[m] = reinterpret_cast<const uint4*>(&shared.monomials[16 * m + g])[t];
-    high[m] = reinterpret_cast<const uint4*>(&shared.monomials[16 * m + g + 8])[t];
+    for (int m = 0; m < kRowTiles; ++m) {
+      rows.low[m] = reinterpret_cast<const uint4*>(&monomials.of[16 * m + g])[t];
+      rows.high[m] = reinterpret_cast<const uint4*>(&monomials.of[16 * m + g + 8])[t];
+    }
+    return rows;
   }
+
   // Calls visit(m, product) for `steps` of the warp's tiles from tile `start` on, and all tiles m of queries. Tiles
   // arrive in shared memory some steps ahead; every lane reads what it copied itself.
-  const uint4* points = reinterpret_cast<const uint4*>(scratch.halves + c * tiles * kColumns) + lane;
-  const auto for_tiles = [&](int start, int steps, auto visit) {
-    const uint4* from = points + int64_t{start} * kWarp;
+  template <class Visit>
+  static __device__ __forceinline__ void ForTiles(const Rows& rows, const Points& points, int start, int steps,
+                                                  Ring& ring, Visit visit) {
+    const uint4* from = points.halves + int64_t{start} * kWarp;
     const auto fetch = [&](int step) {
       if (step < steps) {
-        __pipeline_memcpy_async(&shared.ring[warp][step % kStages][lane], from + int64_t{step} * (kWarps * kWarp), 16);
+        __pipeline_memcpy_async(&ring[Warp()][step % kAhead][Lane()], from + int64_t{step} * (kWarps * kWarp), 16);
       }
       __pipeline_commit();
     };
 #pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) fetch(step);
-#pragma unroll kStages
+    for (int step = 0; step < kAhead - 1; ++step) fetch(step);
+#pragma unroll kAhead
     for (int step = 0; step < steps; ++step) {
-      fetch(step + kStages - 1);
-      __pipeline_wait_prior(kStages - 1);
-      const uint4 point = shared.ring[warp][step % kStages][lane];
+      fetch(step + kAhead - 1);
+      __pipeline_wait_prior(kAhead - 1);
+      const uint4 point = ring[Warp()][step % kAhead][Lane()];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
+        const uint4 low = rows.low[m], high = rows.high[m];
         float product[4] = {0, 0, 0, 0};
-        MultiplyAdd(product, low[m].x, high[m].x, low[m].y, high[m].y, point.x, point.y);
-        MultiplyAdd(product, low[m].z, high[m].z, low[m].w, high[m].w, point.z, point.w);
+        MultiplyAdd(product, low.x, high.x, low.y, high.y, point.x, point.y);
+        MultiplyAdd(product, low.z, high.z, low.w, high.w, point.z, point.w);
         visit(m, product);
       }
     }
-  };
-  const auto steps_from = [&](int start) { return max(0, (tiles - start + kWarps - 1) / kWarps); };
+  }
 
   // Pass 1. Of each row the lane has products with points 2t and 2t + 1 of a tile. Sets take turns from tile to tile:
   // they move up, so that the one whose turn it is stands in known registers. Unrolling leaves no moves.
-  static_assert(kStages % kSets == 0);
-  {
+  static __device__ __forceinline__ void FindMinima(const Rows& rows, const Points& points, Minima& minima) {
+    static_assert(kAhead % kSets == 0);
+    const int g = Lane() / 4, t = Lane() % 4;
     float least[kSets][kRowTiles][4];
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) least[s][m][0] = least[s][m][1] = least[s][m][2] = least[s][m][3] = INFINITY;
     }
-    for_tiles(warp, steps_from(warp), [&](int m, const float (&product)[4]) {
+    ForTiles(rows, points, Warp(), points.Steps(Warp()), minima.ring, [&](int m, const float (&product)[4]) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float lesser = fminf(least[0][m][e], product[e]);
@@ -351,65 +374,74 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
         least[kSets - 1][m][e] = lesser;
       }
     });
-    __syncthreads();  // `monomials` have been read
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          shared.minima[s][16 * m + g + 8 * (e / 2)][8 * warp + 2 * t + e % 2] = __float2half_ru(least[s][m][e]);
+          minima.of[s][16 * m + g + 8 * (e / 2)][8 * Warp() + 2 * t + e % 2] = __float2half_ru(least[s][m][e]);
         }
       }
     }
   }
-  __syncthreads();
-  static_assert(kQueries % 8 == 0 && kGroups == 64);
-  for (int row = threadIdx.x / 4; row < kQueries; row += kWarps * kWarp / 4) {
-    __half2 mine[8 * kSets];
-#pragma unroll
-    for (int s = 0; s < kSets; ++s) std::memcpy(mine + 8 * s, &shared.minima[s][row][16 * t], 8 * sizeof *mine);
-    const float kth = __half2float(KthSmallest(mine, K));
-    // A little more, against its own rounding in the product. Queries out of range are to have no candidates.
-    const float more = shared.num_candidates[row] == 0 ? kth + fabsf(kth) * 0x1p-12f : 0.0f;
-    if (t == 0) shared.radius[row] = __hneg(__float2half_ru(more));
-  }
-  __syncthreads();
 
-  // Pass 2. Adding errors becomes subtracting them, and the radius is subtracted as well.
-  if (t == kError / 8) {
+  static __device__ __forceinline__ void FindRadii(int K, const Minima& minima, Found& found) {
+    static_assert(kQueries % 8 == 0 && kGroups == 64);
+    const int t = Lane() % 4;
+    for (int row = threadIdx.x / 4; row < kQueries; row += kWarps * kWarp / 4) {
+      __half2 mine[8 * kSets];
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) std::memcpy(mine + 8 * s, &minima.of[s][row][16 * t], 8 * sizeof *mine);
+      const float kth = __half2float(KthSmallest(mine, K));
+      // A little more, against its own rounding in the product. Queries out of range are to have no candidates.
+      const float more = found.num_candidates[row] == 0 ? kth + fabsf(kth) * 0x1p-12f : 0.0f;
+      if (t == 0) found.radius[row] = __hneg(__float2half_ru(more));
+    }
+  }
+
+  // For pass 2: adding errors becomes subtracting them, and the radius is subtracted as well.
+  static __device__ __forceinline__ void SubtractRadii(const Found& found, Rows& rows) {
+    const int g = Lane() / 4, t = Lane() % 4;
+    if (t != kError / 8) return;
     const auto second_pass = [&](unsigned errors, int row) {
-      return ((errors & 0xffffu) ^ 0x8000u) | unsigned{__half_as_ushort(shared.radius[row])} << 16;
+      return ((errors & 0xffffu) ^ 0x8000u) | unsigned{__half_as_ushort(found.radius[row])} << 16;
     };
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      low[m].w = second_pass(low[m].w, 16 * m + g);
-      high[m].w = second_pass(high[m].w, 16 * m + g + 8);
+      rows.low[m].w = second_pass(rows.low[m].w, 16 * m + g);
+      rows.high[m].w = second_pass(rows.high[m].w, 16 * m + g + 8);
     }
   }
-  for (int chunk = 0; chunk < tiles; chunk += 64 * kWarps) {
+
+  // Pass 2, of 64 tiles of each warp from tile `chunk` on.
+  static __device__ __forceinline__ void FindHits(const Rows& rows, const Points& points, int chunk, Hits& hits) {
+    const int g = Lane() / 4, t = Lane() % 4;
 #pragma unroll 1
     for (int word = 0; word < 2; ++word) {
-      const int start = chunk + word * 32 * kWarps + warp, steps = min(32, steps_from(start));
-      uint32_t hits[kRowTiles][4] = {};  // signs
-      for_tiles(start, steps, [&](int m, const float (&product)[4]) {
+      const int start = chunk + word * 32 * kWarps + Warp(), steps = min(32, points.Steps(start));
+      uint32_t signs[kRowTiles][4] = {};
+      ForTiles(rows, points, start, steps, hits.ring, [&](int m, const float (&product)[4]) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) hits[m][e] = __funnelshift_l(__float_as_uint(product[e]), hits[m][e], 1);
+        for (int e = 0; e < 4; ++e) signs[m][e] = __funnelshift_l(__float_as_uint(product[e]), signs[m][e], 1);
       });
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {  // the first step in the highest bit
-          shared.hits[16 * m + g + 8 * (e / 2)][8 * warp + 2 * t + e % 2][1 - word] =
-              steps == 0 ? 0 : hits[m][e] << (32 - steps);
+          hits.of[16 * m + g + 8 * (e / 2)][8 * Warp() + 2 * t + e % 2][1 - word] =
+              steps == 0 ? 0 : signs[m][e] << (32 - steps);
         }
       }
     }
-    __syncthreads();
-    // Bits become numbers of points.
-    for (int row = warp; row < kQueries; row += kWarps) {
+  }
+
+  // Bits become numbers of points.
+  static __device__ __forceinline__ void ListCandidates(const Hits& hits, int chunk, Found& found) {
+    const int lane = Lane();
+    for (int row = Warp(); row < kQueries; row += kWarps) {
       uint64_t sets[2];
-      std::memcpy(sets, __builtin_assume_aligned(shared.hits[row][2 * lane], 16), sizeof sets);
+      std::memcpy(sets, __builtin_assume_aligned(hits.of[row][2 * lane], 16), sizeof sets);
       const int mine = __popcll(sets[0]) + __popcll(sets[1]);
       int before = mine;
 #pragma unroll
@@ -417,108 +449,155 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
         const int other = __shfl_up_sync(kFullMask, before, step);
         before += lane >= step ? other : 0;
       }
-      const int count = shared.num_candidates[row], total = __shfl_sync(kFullMask, before, kWarp - 1);
+      const int count = found.num_candidates[row], total = __shfl_sync(kFullMask, before, kWarp - 1);
       const int from = count + before - mine;
       for (int i = 0; i < mine && from + i < kMaxCandidates; ++i) {
         const bool first = sets[0] != 0;
         const int group = 2 * lane + (first ? 0 : 1), step = __clzll(first ? sets[0] : sets[1]);
         sets[0] &= ~(uint64_t{first} << 63 >> step);
         sets[1] &= ~(uint64_t{!first} << 63 >> step);
-        shared.candidates[row][from + i] = (chunk + group / 8 + step * kWarps) * kColumns + group % 8;
+        found.candidates[row][from + i] = (chunk + group / 8 + step * kWarps) * kColumns + group % 8;
       }
       __syncwarp();  // all lanes have read the count
-      if (lane == 0) shared.num_candidates[row] = min(count + total, kMaxCandidates + 1);
+      if (lane == 0) found.num_candidates[row] = min(count + total, kMaxCandidates + 1);
     }
-    __syncthreads();
+  }
+
+  // Writes a query's K nearest candidates, as far as there are as many, if `existing` of all `count` have a distance.
+  static __device__ __forceinline__ void WriteNearest(const float4* fours, const int* candidates, int count,
+                                                      int existing, int K, int32_t* out) {
+    const float* dists = reinterpret_cast<const float*>(fours);
+    // Equal distances show in the sum of ranks, which is then too small. They are rare.
+    int sum = 0;
+    for (int i = Lane(); i < count; i += kWarp) {
+      const float dist = dists[i];
+      if (!(dist < INFINITY)) continue;
+      float before = 0;
+      for (int four = 0; four < count; four += 4) {  // what is behind the last is +inf
+        const float4 other = fours[four / 4];
+        before += (other.x < dist ? 1.0f : 0.0f) + (other.y < dist ? 1.0f : 0.0f) + (other.z < dist ? 1.0f : 0.0f) +
+                  (other.w < dist ? 1.0f : 0.0f);
+      }
+      const int rank = static_cast<int>(before);
+      sum += rank;
+      if (rank < K) out[rank] = candidates[i];
+    }
+    const bool ties = WarpSum(sum) != existing * (existing - 1) / 2;
+    if (ties) __syncwarp();  // other lanes may write the same places again
+    for (int i = Lane(); ties && i < count; i += kWarp) {
+      const Neighbour<float> mine(dists[i], candidates[i]);
+      int rank = 0;
+      for (int other = 0; other < count; ++other) {
+        rank += Neighbour<float>(dists[other], candidates[other]) < mine;
+      }
+      if (rank < K && mine.Exists()) out[rank] = mine.index();
+    }
   }
 
   // The candidates' distances, and of each how many come before it.
-  constexpr int kRecord = Memory::kRecord, kStride = Memory::kStride;
-  const Cloud<M, float> cloud(args, args.batch, b);
-  const uint4* records = reinterpret_cast<const uint4*>(scratch.records) + c * args.P * kRecord;
-  float* dists = reinterpret_cast<float*>(shared.dists[warp]);
-  // kRecord lanes read a point's record together, and leave it to the lane whose candidate it is.
-  // None are read where there are too many: queries out of range only count as if they had that many.
-  const auto candidate = [&](int row, int i) {
-    const int count = row < num_queries ? shared.num_candidates[row] : 0;
-    return i < count && count <= kMaxCandidates ? shared.candidates[row][i] : INT_MAX;
-  };
-  const auto fetch = [&](int row, int start, int buffer) {
-    const int j = candidate(row, start + lane);
+  static __device__ __forceinline__ void RankCandidates(const Search<float>& args, unsigned b, int64_t first,
+                                                        const float* q, int num_queries, const uint4* records,
+                                                        const Found& found, Ranking& ranking) {
+    const Cloud<M, float> cloud(args, args.batch, b);
+    const int K = static_cast<int>(args.K);
+    const int lane = Lane(), warp = Warp();
+    float4* const fours = ranking.dists[warp];
+    float* const dists = reinterpret_cast<float*>(fours);
+    // kRecord lanes read a point's record together, and leave it to the lane whose candidate it is.
+    // None are read where there are too many: queries out of range only count as if they had that many.
+    const auto candidate = [&](int row, int i) {
+      const int count = row < num_queries ? found.num_candidates[row] : 0;
+      return i < count && count <= kMaxCandidates ? found.candidates[row][i] : INT_MAX;
+    };
+    const auto fetch = [&](int row, int start, int buffer) {
+      const int j = candidate(row, start + lane);
 #pragma unroll
-    for (int part = 0; part < kRecord; ++part) {
-      const int owner = part * (kWarp / kRecord) + lane / kRecord;
-      const int from = __shfl_sync(kFullMask, j, owner);
-      if (from < cloud.length) {
-        __pipeline_memcpy_async(&shared.records[warp][buffer][owner * kStride + lane % kRecord],
-                                records + int64_t{from} * kRecord + lane % kRecord, 16);
+      for (int part = 0; part < kRecord; ++part) {
+        const int owner = part * (kWarp / kRecord) + lane / kRecord;
+        const int from = __shfl_sync(kFullMask, j, owner);
+        if (from < cloud.length) {
+          __pipeline_memcpy_async(&ranking.records[warp][buffer][owner * kStride + lane % kRecord],
+                                  records + int64_t{from} * kRecord + lane % kRecord, 16);
+        }
       }
-    }
-    __pipeline_commit();
-  };
-  fetch(warp, 0, 0);
-  for (int row = warp, turn = 0; row < num_queries; row += kWarps, ++turn) {
-    const Vec3<float> query = Load3(q + 3 * row);
-    int32_t* out = args.idxs + (b * args.Q + first + row) * K;
-    const int count = shared.num_candidates[row], buffer = turn % 2;
-    fetch(row + kWarps, 0, 1 - buffer);
-    bool done = false;
-    if (count <= kMaxCandidates) {
-      int found = 0;
-      for (int start = 0; start < count; start += kWarp) {
-        if (start > 0) {
+      __pipeline_commit();
+    };
+    fetch(warp, 0, 0);
+    for (int row = warp, turn = 0; row < num_queries; row += kWarps, ++turn) {
+      const Vec3<float> query = Load3(q + 3 * row);
+      int32_t* out = args.idxs + (b * args.Q + first + row) * K;
+      const int count = found.num_candidates[row], buffer = turn % 2;
+      fetch(row + kWarps, 0, 1 - buffer);
+      bool done = false;
+      if (count <= kMaxCandidates) {
+        int existing = 0;
+        for (int start = 0; start < count; start += kWarp) {
+          if (start > 0) {
+            __syncwarp();
+            fetch(row, start, buffer);
+          }
+          __pipeline_wait_prior(start > 0 ? 0 : 1);
           __syncwarp();
-          fetch(row, start, buffer);
+          const int j = candidate(row, start + lane);
+          float dist = INFINITY;
+          if (j < cloud.length) {
+            const auto& record = reinterpret_cast<const Record<M>&>(ranking.records[warp][buffer][lane * kStride]);
+            dist = M::Distance(record.m, query - record.p);
+          }
+          dists[start + lane] = dist;
+          existing += __popc(__ballot_sync(kFullMask, dist < INFINITY));
         }
-        __pipeline_wait_prior(start > 0 ? 0 : 1);
         __syncwarp();
-        const int j = candidate(row, start + lane);
-        float dist = INFINITY;
-        if (j < cloud.length) {
-          const auto& record = reinterpret_cast<const Record<M>&>(shared.records[warp][buffer][lane * kStride]);
-          dist = M::Distance(record.m, query - record.p);
-        }
-        dists[start + lane] = dist;
-        found += __popc(__ballot_sync(kFullMask, dist < INFINITY));
+        WriteNearest(fours, found.candidates[row], count, existing, K, out);
+        done = existing >= K && existing == count;
       }
-      __syncwarp();
-      // Equal distances show in the sum of ranks, which is then too small. They are rare.
-      int sum = 0;
-      for (int i = lane; i < count; i += kWarp) {
-        const float dist = dists[i];
-        if (!(dist < INFINITY)) continue;
-        float before = 0;
-        for (int four = 0; four < count; four += 4) {  // what is behind the last is +inf
-          const float4 other = shared.dists[warp][four / 4];
-          before += (other.x < dist ? 1.0f : 0.0f) + (other.y < dist ? 1.0f : 0.0f) + (other.z < dist ? 1.0f : 0.0f) +
-                    (other.w < dist ? 1.0f : 0.0f);
-        }
-        const int rank = static_cast<int>(before);
-        sum += rank;
-        if (rank < K) out[rank] = shared.candidates[row][i];
+      if (!done) {
+        __syncwarp();
+        SearchAll<M, kSets>(query, cloud, K, out);
       }
-      const bool ties = WarpSum(sum) != found * (found - 1) / 2;
-      if (ties) __syncwarp();  // other lanes may write the same places again
-      for (int i = lane; ties && i < count; i += kWarp) {
-        const Neighbour<float> mine(dists[i], shared.candidates[row][i]);
-        int rank = 0;
-        for (int other = 0; other < count; ++other) {
-          rank += Neighbour<float>(dists[other], shared.candidates[row][other]) < mine;
-        }
-        if (rank < K && mine.Exists()) out[rank] = mine.index();
-      }
-      done = found >= K && found == count;
-    }
-    if (!done) {
-      __syncwarp();
-      SearchAll<M, kSets>(query, cloud, K, out);
     }
   }
+};
+
+template <class M, int kSets>
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
+    FilterKernel(const Search<float> args, const Batch clouds, unsigned blocks_per_entry, const Scratch scratch) {
+  using Stage = Stages<M, kSets>;
+  extern __shared__ uint4 shared_memory[];
+  auto& shared = *reinterpret_cast<typename Stage::Shared*>(shared_memory);
+  auto& found = shared.found;
+  const unsigned b = blockIdx.x / blocks_per_entry;
+  const int64_t c = EntryOf(clouds, args.batch, b);
+  const int64_t first = int64_t{blockIdx.x % blocks_per_entry} * Stage::kQueries;
+  const int num_queries = static_cast<int>(min(int64_t{Stage::kQueries}, args.Q - first));
+  const float* q = At(args.q, args.batch, b) + 3 * first;
+  const int K = static_cast<int>(args.K), tiles = static_cast<int>(CeilDiv(args.P, kColumns));
+  const typename Stage::Points points = {
+      reinterpret_cast<const uint4*>(scratch.halves + c * tiles * kColumns) + Stage::Lane(), tiles};
+
+  // Behind a barrier, a stage's memory is the next one's.
+  Stage::WriteMonomials(q, num_queries, scratch.frames + c, shared.monomials, found);
+  __syncthreads();
+  typename Stage::Rows rows = Stage::ReadRows(shared.monomials);
+  __syncthreads();
+  Stage::FindMinima(rows, points, shared.minima);
+  __syncthreads();
+  Stage::FindRadii(K, shared.minima, found);
+  __syncthreads();
+  Stage::SubtractRadii(found, rows);
+  for (int chunk = 0; chunk < tiles; chunk += 64 * kWarps) {
+    Stage::FindHits(rows, points, chunk, shared.hits);
+    __syncthreads();
+    Stage::ListCandidates(shared.hits, chunk, found);
+    __syncthreads();
+  }
+  const uint4* records = reinterpret_cast<const uint4*>(scratch.records) + c * args.P * Stage::kRecord;
+  Stage::RankCandidates(args, b, first, q, num_queries, records, found, shared.ranking);
 }
 
 template <class M, int kSets>
 cudaError_t Launch(const Search<float>& args, void* memory, int64_t bytes, cudaStream_t stream) {
-  using Memory = Shared<M, kSets>;
+  using Memory = typename Stages<M, kSets>::Shared;
   static_assert(sizeof(Memory) <= 99 * 1024, "what a block may have on Ampere and Ada");
   int device, shared_bytes;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
@@ -529,7 +608,7 @@ cudaError_t Launch(const Search<float>& args, void* memory, int64_t bytes, cudaS
   }
   const Batch clouds = Clouds(args);
   const int64_t num_clouds = Count(clouds);
-  const int64_t per_entry = CeilDiv(args.Q, Memory::kQueries), blocks = Count(args.batch) * per_entry;
+  const int64_t per_entry = CeilDiv(args.Q, Stages<M, kSets>::kQueries), blocks = Count(args.batch) * per_entry;
   if (blocks == 0) return cudaSuccess;
   const int64_t per_cloud = CeilDiv(Tiles(args.P) * kColumns, kPrepareThreads);
   error = CheckGrid(max(blocks, num_clouds * max(per_cloud, int64_t{kParts})));
