@@ -5,7 +5,7 @@ Such a target computes y and Jᵀ ct, and with dual numbers (csrc/common/dual.h)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ Group = tuple[Any, ...]  # arrays or shapes, None for what is not there
 Kernel = Callable[..., list[jax.Array] | None]
 
 
-def one_target(target: str, *, x: int, y: int) -> dict[str, Kernel]:
+def one_target(
+    target: str, *, x: int, y: int, attributes: Mapping[str, Any] = {}, sums: Sequence[int] = ()
+) -> dict[str, Kernel]:
     """The ``kernels`` of a ``Family`` with ``x`` differentiable operands and ``y`` results.
 
     The target gets x and aux, then those operands that its attribute ``given`` names, an int32 bit mask: tangents of x,
@@ -35,8 +37,12 @@ def one_target(target: str, *, x: int, y: int) -> dict[str, Kernel]:
         if not ffi.available(target, platform):
             return None
         wanted = present(results)
-        full = [jax.ShapeDtypeStruct(batch + s.shape[len(batch) :], s.dtype) for s in wanted]
-        masks = {"given": bits((*v, *ct, *v_ct)), "want": bits(results)}
+        full = [
+            s if i in sums else jax.ShapeDtypeStruct(batch + s.shape[len(batch) :], s.dtype)
+            for i, s in enumerate(results)
+            if s is not None
+        ]
+        masks = {"given": bits((*v, *ct, *v_ct)), "want": bits(results), **attributes}
         got = ffi.call(target, full)(*present(*operands, v, ct, v_ct), **masks)
         return [fit(a, s.shape) for a, s in zip(got, wanted, strict=True)]
 
