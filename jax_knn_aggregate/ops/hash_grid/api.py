@@ -76,8 +76,10 @@ def _weights(max_level: Any, grid: HashGrid, dtype: Any) -> jax.Array:
     """(levels,): how much each level counts."""
     if max_level is None:
         return jnp.ones(grid.levels, dtype)
-    if isinstance(max_level, bool) or jnp.ndim(max_level) != 0 or not jnp.isdtype(
-        jnp.result_type(max_level), ("integral", "real floating")
+    if (
+        isinstance(max_level, bool)
+        or jnp.ndim(max_level) != 0
+        or not jnp.isdtype(jnp.result_type(max_level), ("integral", "real floating"))
     ):
         raise TypeError(f"max_level is {max_level!r}, expected a number, or an array of shape ().")
     last = lax.stop_gradient(jnp.asarray(max_level).astype(dtype))

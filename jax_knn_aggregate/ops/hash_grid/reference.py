@@ -103,7 +103,9 @@ def _rows(grid: HashGrid, cell: jax.Array) -> jax.Array:
         numbers = [lower[..., d] + jnp.uint32(bit) for d, bit in enumerate(corner)]
         number = functools.reduce(jnp.add, [n * strides[..., d] for d, n in enumerate(numbers)])
         if grid.hashed.any():
-            mixed = functools.reduce(jnp.bitwise_xor, [n * jnp.uint32(p) for n, p in zip(numbers, _PRIMES, strict=False)])
+            mixed = functools.reduce(
+                jnp.bitwise_xor, [n * jnp.uint32(p) for n, p in zip(numbers, _PRIMES, strict=False)]
+            )
             number = jnp.where(hashed, mixed, number)
         rows.append(number % counts)
     return jnp.stack(rows, axis=-1).astype(jnp.int32) + jnp.asarray(grid.level_rows[:-1], jnp.int32)[None, :, None]
