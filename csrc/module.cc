@@ -9,6 +9,7 @@
 #include "common/bind.h"
 #include "common/cpu.h"
 #include "distortion/distortion.h"
+#include "hash_grid/hash_grid.h"
 #include "knn/aggregate/aggregate.h"
 #include "knn/index/index.h"
 #include "knn/invert/invert.h"
@@ -24,6 +25,7 @@ std::vector<Registration> SearchRegistrations();
 std::vector<Registration> AggregateRegistrations();
 std::vector<Registration> InvertRegistrations();
 std::vector<Registration> DistortionRegistrations();
+std::vector<Registration> HashGridRegistrations();
 
 }  // namespace knn
 
@@ -32,7 +34,7 @@ namespace {
 nb::dict Registrations() {
   nb::dict platforms;
   for (const auto& list : {knn::IndexRegistrations(), knn::SearchRegistrations(), knn::AggregateRegistrations(),
-                           knn::InvertRegistrations(), knn::DistortionRegistrations()}) {
+                           knn::InvertRegistrations(), knn::DistortionRegistrations(), knn::HashGridRegistrations()}) {
     for (const knn::Registration& r : list) {
       if (!platforms.contains(r.platform)) platforms[r.platform] = nb::dict();
       nb::borrow<nb::dict>(platforms[r.platform])[r.name] = nb::capsule(reinterpret_cast<void*>(r.handler));
@@ -57,6 +59,10 @@ nb::dict BuildInfo() {
 nb::dict Numbers() {
   nb::dict n;
   n["batch_axes"] = knn::kMaxBatchAxes;
+  n["hash_grid.max_levels"] = knn::kMaxGridLevels;
+  n["cuda.levels_of_thread"] = knn::kLevelsOfThread;
+  n["cuda.grid_sum_bytes"] = knn::kSumBytes;
+  n["cuda.grid_unit_bytes"] = knn::kUnitBytes;
   n["index.leaf"] = knn::kLeafSize;
   n["index.fan_out"] = knn::kFanOut;
   n["index.node_rows"] = static_cast<int>(knn::kNodeRows);

@@ -8,6 +8,7 @@ from .ops.distortion import (
     flatten_distortion_loss,
     flatten_eff_distloss,
 )
+from .ops.hash_grid import HashGrid, hash_grid
 from .ops.knn import (
     KnnAggregate,
     KnnIndex,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FFI_TARGETS",
+    "HashGrid",
     "KnnAggregate",
     "KnnIndex",
     "KnnSearch",
@@ -37,6 +39,7 @@ __all__ = [
     "eff_distloss_native",
     "flatten_distortion_loss",
     "flatten_eff_distloss",
+    "hash_grid",
     "knn_aggregate",
     "knn_aggregate_aniso",
     "knn_aggregate_aniso_lookup",

@@ -26,6 +26,11 @@ KNN_FN Dual<T> operator*(Dual<T> a, Dual<T> b) {
   return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
 }
 
+template <class T>
+KNN_FN Dual<T> operator*(T a, Dual<T> b) {
+  return {a * b.value, a * b.tangent};
+}
+
 // c·x for a constant c.
 KNN_FN float Scale(double c, float x) { return static_cast<float>(c) * x; }
 KNN_FN double Scale(double c, double x) { return c * x; }
@@ -41,6 +46,12 @@ KNN_FN Dual<T> Sin(Dual<T> x) {
 template <class T>
 KNN_FN Dual<T> Cos(Dual<T> x) {
   return {Cos(x.value), -Sin(x.value) * x.tangent};
+}
+
+// As N, a number that does not move.
+template <class N, class T>
+KNN_FN N Constant(T x) {
+  return N{x};
 }
 
 // What a kernel returns of x: the tangent if there is one.

@@ -3,6 +3,8 @@
 #ifndef JKA_COMMON_INPUT_H_
 #define JKA_COMMON_INPUT_H_
 
+#include <type_traits>
+
 #include "common/batch.h"
 #include "common/dual.h"
 
@@ -18,25 +20,27 @@ struct Input {
 
 namespace knn::KNN_ISA {
 
-// An input at one batch entry: element i as N, which is T or Dual<T>.
-template <class N, class T>
+// An input at one batch entry: element i as N, a number or dual number of the type that S widens to.
+template <class N, class S>
 class Row {
+  using T = decltype(Widen(S()));
+
  public:
-  KNN_FN Row(const Input<T>& input, const Batch& batch, int64_t b)
+  KNN_FN Row(const Input<S>& input, const Batch& batch, int64_t b)
       : value_(AtOrNull(input.value, batch, b)), tangent_(AtOrNull(input.tangent, batch, b)) {}
 
   KNN_FN bool given() const { return value_ != nullptr; }
 
   KNN_FN N operator[](int64_t i) const {
-    if constexpr (sizeof(N) == sizeof(T)) {
-      return value_[i];
+    if constexpr (std::is_same_v<N, T>) {
+      return Widen(value_[i]);
     } else {
-      return {value_[i], tangent_ == nullptr ? T(0) : tangent_[i]};
+      return {Widen(value_[i]), tangent_ == nullptr ? T(0) : Widen(tangent_[i])};
     }
   }
 
  private:
-  const T *value_, *tangent_;
+  const S *value_, *tangent_;
 };
 
 }  // namespace knn::KNN_ISA

@@ -1,0 +1,118 @@
+"""The hash grid in pure JAX: what runs where there is no kernel, and what orders beyond the second differentiate."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ...core.batch import known
+from ...core.family import Operands
+from .grid import HashGrid
+
+_PRIMES = (1, 2654435761, 805459861, 3674653429)
+#: Corners of so many points at a time: bounds what derivatives keep in memory.
+_MOST_CORNERS = 2**22
+
+
+def reference(grid: HashGrid, x: Operands, aux: Operands) -> tuple[jax.Array, ...]:
+    """positions (N, dim), table (rows, features); weights of levels (levels,) -> (N, levels·features)."""
+    (positions, table), (weights,) = x, aux
+    N, most = positions.shape[0], max(1, _MOST_CORNERS // (grid.levels * _corners(grid)))
+    wide = table.astype(positions.dtype)  # so that sums of gradients are wide as well
+    some = functools.partial(_encode, grid, wide, weights)
+    if known(N, 0) <= most:
+        y = some(positions)
+    else:
+        pieces = -(-N // most)
+        padded = jnp.pad(positions, ((0, pieces * most - N), (0, 0))).reshape(pieces, most, grid.dim)
+        y = lax.map(jax.checkpoint(some), padded).reshape(pieces * most, grid.outputs)[:N]
+    return (y.astype(table.dtype),)
+
+
+def _corners(grid: HashGrid) -> int:
+    return 1 if grid.interpolation == "nearest" else 2**grid.dim
+
+
+def _encode(grid: HashGrid, table: jax.Array, weights: jax.Array, x: jax.Array) -> jax.Array:
+    """x (N, dim), table (rows, features), weights (levels,), all of one dtype -> (N, levels·features)."""
+    cell, fraction, finite = _locate(grid, x)
+    if grid.interpolation == "nearest":
+        weight = jnp.ones((*fraction.shape[:2], 1), x.dtype)
+    else:
+        upper = fraction if grid.interpolation == "linear" else fraction * fraction * (3 - 2 * fraction)
+        sides = jnp.stack([1 - upper, upper], axis=-1)  # (N, levels, dim, 2)
+        weight = jnp.stack([_product(sides, corner) for corner in _corner_bits(grid)], axis=-1)
+    # A point that is not finite touches no row: out of bounds, which the gather fills with zeros and its transpose
+    # drops.
+    rows = jnp.where(finite[:, None, None], _rows(grid, cell), table.shape[0])
+    features = table.at[rows].get(mode="fill", fill_value=0)  # (N, levels, corners, features)
+    y = (weight[..., None] * features).sum(2) * weights[None, :, None]
+    return y.reshape(x.shape[0], grid.outputs) + _nan_unless(finite, x)[:, None]
+
+
+def _corner_bits(grid: HashGrid) -> list[tuple[int, ...]]:
+    """Of each corner, whether it is the upper one along each axis; axis 0 varies fastest."""
+    if grid.interpolation == "nearest":
+        return [(0,) * grid.dim]
+    return [bits[::-1] for bits in itertools.product((0, 1), repeat=grid.dim)]
+
+
+def _product(sides: jax.Array, corner: tuple[int, ...]) -> jax.Array:
+    return math.prod((sides[..., d, bit] for d, bit in enumerate(corner)), start=jnp.ones((), sides.dtype))
+
+
+def _locate(grid: HashGrid, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cell (N, levels, dim) as floats, place within it, and whether a point is finite and in reach of all cells."""
+    dtype = x.dtype
+    scale = jnp.asarray(grid.scales, dtype)[None, :, None]
+    fixed = lax.stop_gradient(x)[:, None, :]
+    finite = jnp.isfinite(fixed * jnp.abs(scale).max()).all((1, 2))
+    inside = jnp.where(finite[:, None, None], fixed, jnp.zeros((), dtype))
+    # x·scale without rounding, as a sum of products that are exact: factors are cut into halves of few digits.
+    digits, exponent = (11, 8) if dtype == jnp.float32 else (25, 11)
+    x_high, s_high = (lax.reduce_precision(a, exponent, digits) for a in (inside, scale))
+    x_low, s_low = inside - x_high, scale - s_high
+    product = inside * scale
+    error = ((x_high * s_high - product) + x_high * s_low + x_low * s_high) + x_low * s_low
+    half = jnp.asarray(0.5, dtype)
+    total = product + half
+    lost = (product - (total - half)) + error  # exact unless the product is below ¼, where floor does not care
+    cell = jnp.floor(total + lost)
+    near = ((product - cell) + half) + error
+    fraction = jnp.where(jnp.abs(total) >= 2.0 ** (23 if dtype == jnp.float32 else 52), jnp.zeros_like(near), near)
+    # Its derivative is the scale, whatever the digits.
+    moving = jnp.where(finite[:, None, None], x[:, None, :], jnp.zeros((), dtype))
+    return cell, lax.stop_gradient(fraction) + scale * (moving - lax.stop_gradient(moving)), finite
+
+
+def _rows(grid: HashGrid, cell: jax.Array) -> jax.Array:
+    """int32 (N, levels, corners): the rows of the cells' corners in the table."""
+    least, most = -(2**31), 2**31 - 1
+    whole = jnp.where(cell >= 2.0**31, most, jnp.where(cell < -(2.0**31), least, cell.astype(jnp.int32)))
+    lower = lax.bitcast_convert_type(whole.astype(jnp.int32), jnp.uint32)
+    counts, hashed = jnp.asarray(np.diff(grid.level_rows), jnp.uint32)[None], jnp.asarray(grid.hashed)[None]
+    strides = jnp.asarray(grid.strides, jnp.uint32)[None]
+    rows = []
+    for corner in _corner_bits(grid):
+        numbers = [lower[..., d] + jnp.uint32(bit) for d, bit in enumerate(corner)]
+        number = functools.reduce(jnp.add, [n * strides[..., d] for d, n in enumerate(numbers)])
+        if grid.hashed.any():
+            mixed = functools.reduce(
+                jnp.bitwise_xor, [n * jnp.uint32(p) for n, p in zip(numbers, _PRIMES, strict=False)]
+            )
+            number = jnp.where(hashed, mixed, number)
+        rows.append(number % counts)
+    return jnp.stack(rows, axis=-1).astype(jnp.int32) + jnp.asarray(grid.level_rows[:-1], jnp.int32)[None, :, None]
+
+
+def _nan_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
+    """(N,): 0 where finite; elsewhere NaN, and so are its derivatives in x, of every order."""
+    zero = jnp.zeros((), x.dtype)
+    bad = jnp.where(finite, zero, jnp.asarray(jnp.nan, x.dtype))[:, None]
+    return (jnp.exp(bad * jnp.where(finite[:, None], zero, x)) - 1).sum(-1)
