@@ -16,8 +16,9 @@ import jax_knn_aggregate as jka
 
 #: JAX's name, in lowerings, of the default platform.
 PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-#: Targets without which some search or derivative of first or second order would silently run the reference.
-REQUIRED = {f"{m}_{role}" for m in ("aniso", "iso") for role in ("index", "search", "value", "jvp", "vjp", "vjp_vjp")}
+#: Targets without which some search or derivative of first or second order would silently run the reference, or slowly.
+ROLES = ("index", "search", "value", "jvp", "vjp", "vjp_vjp", "vjp_jvp")
+REQUIRED = {f"{metric}_{role}" for metric in ("aniso", "iso") for role in ROLES}
 REQUIRED |= {"invert", "distortion", "flat_distortion", "ray_offsets"}
 
 ARGUMENTS = {"aniso": ("q", "p", "f", "sigma", "R"), "iso": ("q", "p", "f", "sigma")}
@@ -247,6 +248,12 @@ def oracle_second(metric, x, idxs, ct, v):
     return dict(zip((*ARGUMENTS[metric], *OUTPUTS), (*of_x, *of_ct), strict=True))
 
 
+def oracle_moving(metric, x, idxs, ct, v, v_ct):
+    """Tangents of ``oracle_first`` along v and, in the cotangents, v_ct; those along v are second derivatives."""
+    along_x, along_ct = oracle_second(metric, x, idxs, ct, v), oracle_first(metric, x, idxs, v_ct)
+    return {name: along_x[name] + along_ct[name] for name in ARGUMENTS[metric]}
+
+
 def _dense(some, names, like):
     return tuple(
         wide(some[name]) if name in some else np.zeros(np.shape(a)) for name, a in zip(names, like, strict=True)
@@ -284,16 +291,33 @@ def second(metric, op, x, ct, v, wrt=None, wrt_ct=None):
     return {**bars[0], **bars[1]}
 
 
+def moving(metric, op, x, ct, v, v_ct, wrt=None):
+    """As ``oracle_moving``, forward over reverse, for the arguments in ``wrt`` and the outputs in ``ct`` alone."""
+    names = ARGUMENTS[metric]
+
+    def bars(x_moving, ct_moving):
+        z = tuple(x_moving.get(n, a) for n, a in zip(names, x, strict=True))
+        return first(metric, op, z, {**ct, **ct_moving}, wrt)
+
+    return jax.jvp(bars, ({n: x[names.index(n)] for n in v}, {n: ct[n] for n in v_ct}), (v, v_ct))[1]
+
+
+def turned(ct):
+    """Other cotangents of the same shapes."""
+    return {name: a[..., ::-1] for name, a in ct.items()}
+
+
 @functools.cache
 def jitted_derivatives(metric, K, implementation, jit=quick_jit, **options):
-    """Values, first and second derivatives in one compilation."""
+    """Values, first and second derivatives, and forward over reverse along v and turned(ct), in one compilation."""
     op = outputs(metric, K, implementation, **options)
 
-    def all_three(x, ct, v):
+    def every(x, ct, v):
         out = aggregate(metric, x, K, implementation=implementation, **options)
-        return out, first(metric, op, x, ct), second(metric, op, x, ct, v)
+        moved = moving(metric, op, x, ct, v, turned(ct))
+        return out, first(metric, op, x, ct), second(metric, op, x, ct, v), moved
 
-    return jit(all_three)
+    return jit(every)
 
 
 def product(a, b):

@@ -18,11 +18,12 @@
 //   anisotropic   u̇ = R ḋ + Ṙ d,  s_D = s_e = Σ_i (2 sigma_i u_i u̇_i + sigmȧ_i u_i²)
 //   isotropic     s_D = 2 d·ḋ,  s_e = sigmȧ D + sigma s_D
 //
-// Second order, the gradient of  a_e e + c_D s_D + c_e s_e  in (d, sigma, R), the tangents held fixed, c = c_D + c_e:
+// Second order, the gradient of  a_D D + a_e e + c_D s_D + c_e s_e  in (d, sigma, R), the tangents held fixed, with
+// a = a_D + a_e and c = c_D + c_e:
 //
-//   anisotropic   g = 2 (a_e sigma∘u + c (sigma∘u̇ + sigmȧ∘u)) is the gradient in u, ġ = 2 c sigma∘u that in u̇, and so
-//                 d̄ = Rᵀ g + Ṙᵀ ġ      sigmā = a_e u∘u + 2 c u∘u̇      R̄ = g dᵀ + ġ ḋᵀ
-//   isotropic     d̄ = 2 (a_e sigma + c_e sigmȧ) d + 2 (c_D + c_e sigma) ḋ      sigmā = a_e D + c_e s_D
+//   anisotropic   g = 2 (a sigma∘u + c (sigma∘u̇ + sigmȧ∘u)) is the gradient in u, ġ = 2 c sigma∘u that in u̇, and so
+//                 d̄ = Rᵀ g + Ṙᵀ ġ      sigmā = a u∘u + 2 c u∘u̇      R̄ = g dᵀ + ġ ḋᵀ
+//   isotropic     d̄ = 2 (a_D + a_e sigma + c_e sigmȧ) d + 2 (c_D + c_e sigma) ḋ      sigmā = a_e D + c_e s_D
 
 #ifndef JKA_KNN_METRIC_H_
 #define JKA_KNN_METRIC_H_
@@ -202,6 +203,12 @@ struct Anisotropic {
     const Vec3<T> a = TransposeTimes(m.R, g), b = TransposeTimes(dm.R, dg);
     return {a.x + b.x, a.y + b.y, a.z + b.z};
   }
+
+  // That of a.dist·D + a.exponent·e + c.dist·s_D + c.exponent·s_e.
+  KNN_FN static Vec3<T> SecondGradient(const Parameters& m, Vec3<T> d, Vec3<T> dd, const Parameters& dm, Pair<T> a,
+                                       Pair<T> c, Parameters& m_bar) {
+    return SecondGradient(m, d, dd, dm, a.dist + a.exponent, c, m_bar);
+  }
 };
 
 template <class T>
@@ -244,6 +251,13 @@ struct Isotropic {
     const T dh = 2 * Fma(c.exponent, m.sigma, c.dist);
     m_bar.sigma = Fma(a_e, Dot(d, d), Fma(c.exponent, 2 * Dot(d, dd), m_bar.sigma));
     return {Fma(h, d.x, dh * dd.x), Fma(h, d.y, dh * dd.y), Fma(h, d.z, dh * dd.z)};
+  }
+
+  KNN_FN static Vec3<T> SecondGradient(const Parameters& m, Vec3<T> d, Vec3<T> dd, const Parameters& dm, Pair<T> a,
+                                       Pair<T> c, Parameters& m_bar) {
+    const Vec3<T> g = SecondGradient(m, d, dd, dm, a.exponent, c, m_bar);
+    const T h = 2 * a.dist;
+    return {Fma(h, d.x, g.x), Fma(h, d.y, g.y), Fma(h, d.z, g.z)};
   }
 };
 

@@ -137,6 +137,9 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   all.v_f = Random<TF>(B, P * F, shared);
   all.v_sigma = Random<T>(B, P * sigma, shared);
   if (aniso) all.v_R = Random<T>(B, P * 9, shared);
+  all.v_ct_f = Random<TF>(B, Q * F, shared);
+  all.v_ct_w = Random<T>(B, Q * K, true);
+  all.v_ct_d = Random<T>(B, Q * K, false);
   all.f_out = Allocate<TF>(B * Q * F);
   all.w_out = Allocate<T>(B * Q * K);
   all.dists = Allocate<T>(B * Q * K);
@@ -148,9 +151,10 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   if (aniso) all.R_bar = Allocate<T>(sets * P * 9);
   all.order = {invert.order, {shared ? 0 : pairs}};
   all.offsets = {invert.offsets, {shared ? 0 : P + 1}};
-  all.factors = Allocate<PairFactors<T>>(B * Q * K);
+  all.factors = Allocate<MovingFactors<T>>(B * Q * K);
   all.pieces = Allocate<T>(sets * ((pairs + kPiecePairs - 1) / kPiecePairs) * 2 * (F + kPieceTerms));
-  for (auto role : {AggregateRole::kValue, AggregateRole::kJvp, AggregateRole::kVjp, AggregateRole::kVjpVjp}) {
+  for (auto role : {AggregateRole::kValue, AggregateRole::kJvp, AggregateRole::kVjp, AggregateRole::kVjpVjp,
+                    AggregateRole::kVjpJvp}) {
     Check(LaunchAggregate(all, metric, role, nullptr), "aggregate");
     Check(cudaDeviceSynchronize(), "synchronize");
   }

@@ -16,7 +16,7 @@ KINDS = {"aniso": ("plain", "rotation", "general", "shifted", "signed"), "iso": 
 
 
 def check(metric, x, ct, v, implementation, tolerances, what):
-    out, first, second = helpers.jitted_derivatives(metric, K, implementation, helpers.user_jit)(x, ct, v)
+    out, first, second, moved = helpers.jitted_derivatives(metric, K, implementation, helpers.user_jit)(x, ct, v)
     idxs = np.asarray(out.idxs)
     values = helpers.oracle_values(metric, helpers.wide(x), idxs)
     dominant = values[2][values[1] >= 0.1 * values[1].max(-1, keepdims=True)]
@@ -32,6 +32,9 @@ def check(metric, x, ct, v, implementation, tolerances, what):
     want = helpers.oracle_second(metric, x, idxs, ct, v)
     for name in second:
         helpers.assert_close(second[name], want[name], tolerances[2], f"{what}: second derivative, {name}")
+    want = helpers.oracle_moving(metric, x, idxs, ct, v, helpers.turned(ct))
+    for name in moved:
+        helpers.assert_close(moved[name], want[name], tolerances[2], f"{what}: forward over reverse, {name}")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -55,7 +58,7 @@ def test_half_precision_features(metric, half, implementation, rng):
     x = helpers.cloud(rng, metric, 40, n, 3, dtype=np.float32)
     x = (*x[:2], np.asarray(x[2] + 2).astype(half), x[3] * np.float32(0.01), *x[4:])
     ct, v = helpers.cotangents(rng, metric, x, n)
-    out, first, second = helpers.jitted_derivatives(metric, n, implementation, helpers.user_jit)(x, ct, v)
+    out, first, second, moved = helpers.jitted_derivatives(metric, n, implementation, helpers.user_jit)(x, ct, v)
     eps = float(jnp.finfo(half).eps)
     assert out.f_out.dtype == half
     assert out.w_out.dtype == out.dists.dtype == jnp.float32
@@ -76,6 +79,10 @@ def test_half_precision_features(metric, half, implementation, rng):
         assert bar.dtype == (half if name in ("f", "f_out") else jnp.float32), f"second, {name} is {bar.dtype}"
         # The gradient of f is half precision, and a second derivative passes through it.
         helpers.assert_close(bar, want[name], 4 * eps, f"second derivative, {name}")
+    want = helpers.oracle_moving(metric, x, idxs, ct, v, helpers.turned(ct))
+    for name, bar in moved.items():
+        assert bar.dtype == (half if name == "f" else jnp.float32), f"forward over reverse, {name} is {bar.dtype}"
+        helpers.assert_close(bar, want[name], eps if name == "f" else 2e-4, f"forward over reverse, {name}")
 
 
 def test_every_finite_half_is_read_and_written_exactly(implementation):

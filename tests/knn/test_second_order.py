@@ -51,6 +51,36 @@ def test_all_at_once_and_one_at_a_time(metric, implementation, problem):
             helpers.assert_close(bars[name], want[name], 1e-9, f"{name} among {wrt}, {wrt_ct}")
 
 
+@pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla", metric="iso")
+def test_moving_cotangents(metric, implementation, problem, rng):
+    """Forward over reverse along arguments and cotangents, all and one at a time, for all gradients and one."""
+    x, idxs, ct, v = problem(metric, F=5)
+    v_ct, _ = helpers.tree(helpers.cotangents(rng, metric, x, K))
+    op = helpers.outputs(metric, K, implementation)
+    names, outputs = helpers.ARGUMENTS[metric], helpers.OUTPUTS
+    cases = [(outputs, names, outputs, names), (outputs, names, (), names)]
+    cases += [(outputs, names, (o,), names) for o in outputs]
+    cases += [((o,), (n,), (o,), names) for o in outputs for n in names]
+    cases += [(outputs, names, outputs, (n,)) for n in names]
+
+    def some(arrays, chosen):
+        return {n: arrays[n] for n in chosen}
+
+    def every(x, ct, v, v_ct):
+        return [
+            helpers.moving(metric, op, x, some(ct, outs), some(v, along), some(v_ct, along_ct), wrt)
+            for outs, along, along_ct, wrt in cases
+        ]
+
+    for case, got in zip(cases, helpers.quick_jit(every)(x, ct, v, v_ct), strict=True):
+        outs, along, along_ct, wrt = case
+        want = helpers.oracle_moving(metric, x, idxs, some(ct, outs), some(v, along), some(v_ct, along_ct))
+        assert set(got) == set(wrt)
+        for name, bar in got.items():
+            helpers.assert_close(bar, want[name], 1e-9, f"{name} of {case}")
+
+
 @pytest.mark.thorough_if(implementation="xla")
 def test_eager(implementation, problem):
     x, idxs, ct, v = problem("aniso")
@@ -71,10 +101,18 @@ def test_sizes(metric, size, implementation, problem):
     Q, P, F, K, batch = size
     x, idxs, ct, v = problem(metric, batch=batch, Q=Q, P=P, F=F, K=K)
     op = helpers.outputs(metric, K, implementation)
-    got = helpers.quick_jit(lambda x, ct, v: helpers.second(metric, op, x, ct, v))(x, ct, v)
+    got, moved = helpers.quick_jit(
+        lambda x, ct, v: (
+            helpers.second(metric, op, x, ct, v),
+            helpers.moving(metric, op, x, ct, v, helpers.turned(ct)),
+        )
+    )(x, ct, v)
     want = helpers.oracle_second(metric, x, idxs, ct, v)
     for name in got:
         helpers.assert_close(got[name], want[name], 1e-9, name)
+    want = helpers.oracle_moving(metric, x, idxs, ct, v, helpers.turned(ct))
+    for name in moved:
+        helpers.assert_close(moved[name], want[name], 1e-9, f"forward over reverse, {name}")
 
 
 def losses(metric, idxs, K, implementation):

@@ -164,7 +164,7 @@ def test_empty_slots_have_zero_derivatives(metric, implementation, rng):
     idxs = np.concatenate([helpers.oracle_search(metric, short, n), np.full((5, K - n), -1)], -1)
     short_v = {name: a if name == "q" else a[:n] for name, a in v.items()}
 
-    _, got, second = helpers.jitted_derivatives(metric, K, implementation, p_lengths=n)(x, ct, v)
+    _, got, second, moved = helpers.jitted_derivatives(metric, K, implementation, p_lengths=n)(x, ct, v)
     want = helpers.oracle_first(metric, short, idxs, ct)
     for name in helpers.ARGUMENTS[metric]:
         bar = np.asarray(got[name])
@@ -181,6 +181,12 @@ def test_empty_slots_have_zero_derivatives(metric, implementation, rng):
             np.testing.assert_array_equal(bar[n:], 0, err_msg=f"second order, {name} of points that do not exist")
     for name in ("w_out", "dists"):
         np.testing.assert_array_equal(np.asarray(got[name])[:, n:], 0, err_msg=f"second order, empty slots of {name}")
+    want = helpers.oracle_moving(metric, short, idxs, ct, short_v, helpers.turned(ct))
+    for name, bar in moved.items():
+        bar = np.asarray(bar)
+        helpers.assert_close(bar if name == "q" else bar[:n], want[name], 1e-9, f"forward over reverse, {name}")
+        if name != "q":
+            np.testing.assert_array_equal(bar[n:], 0, err_msg=f"forward over reverse, {name} that do not exist")
 
 
 def test_empty_slots_name_no_point(implementation, rng):
@@ -355,7 +361,8 @@ def test_a_neighbour_at_infinity_is_none(metric, implementation, rng):
         op = lambda *x: helpers.precomputed(metric, x, idxs, implementation=implementation)[:3]  # noqa: E731
         second = lambda x: helpers.second(metric, op, x, ct, v)  # noqa: E731
         third = jax.grad(lambda x: helpers.product(second(x), {**v, **ct}))
-        return op(*x), helpers.first(metric, op, x, ct), second(x), third(x)
+        moved = helpers.moving(metric, op, x, ct, v, helpers.turned(ct))
+        return op(*x), helpers.first(metric, op, x, ct), second(x), moved, third(x)
 
     run = helpers.quick_jit(every)
     got, want = run(x, idxs, ct, v), run(x, np.where(idxs < 2, -1, idxs), ct, v)
@@ -368,27 +375,30 @@ def test_kernels_and_reference_agree_on_what_is_not_finite(metric, kernels, rng)
     """Infinities and NaN anywhere: the same entries of every result are finite, to third order, and the same."""
     Q, P, F, K = 4, 6, 3, 3
 
-    def every(implementation, x, idxs, ct, v):
+    def every(implementation, x, idxs, ct, v, dct):
         op = lambda *x: helpers.precomputed(metric, x, idxs, implementation=implementation)[:3]  # noqa: E731
         second = lambda x: helpers.second(metric, op, x, ct, v)  # noqa: E731
         third = jax.grad(lambda x: helpers.product(second(x), {**v, **ct}))
         forward = jax.jvp(op, x, tuple(v[name] for name in helpers.ARGUMENTS[metric]))
         # Without other cotangents, factors of 0 meet infinite parameters.
         some = [helpers.first(metric, op, x, {name: ct[name]}) for name in helpers.OUTPUTS]
-        return forward, some, helpers.first(metric, op, x, ct), second(x), third(x)
+        some_moved = [helpers.moving(metric, op, x, ct, v, {name: dct[name]}) for name in helpers.OUTPUTS]
+        moved = helpers.moving(metric, op, x, ct, v, dct), some_moved
+        return forward, some, helpers.first(metric, op, x, ct), second(x), moved, third(x)
 
     ours, reference = (helpers.quick_jit(functools.partial(every, i)) for i in (None, "xla"))
     for _ in range(100):
         x = helpers.cloud(rng, metric, Q, P, F)
         ct, v = helpers.cotangents(rng, metric, x, K)
-        arrays = jax.tree.leaves((x, ct, v))
+        dct, _ = helpers.cotangents(rng, metric, x, K)
+        arrays = jax.tree.leaves((x, ct, v, dct))
         spoilt = []
         for _ in range(rng.integers(1, 4)):
             n = rng.integers(len(arrays))
             at = tuple(rng.integers(0, arrays[n].shape))
             arrays[n][at] = rng.choice([np.inf, -np.inf, np.nan, 0.0])
             spoilt.append((int(n), arrays[n][at]))
-        args = helpers.tree((x, rng.integers(-1, P, (Q, K)), ct, v))
+        args = helpers.tree((x, rng.integers(-1, P, (Q, K)), ct, v, dct))
         for (path, a), b in zip(
             jax.tree_util.tree_leaves_with_path(ours(*args)), jax.tree.leaves(reference(*args)), strict=True
         ):
@@ -489,7 +499,7 @@ def test_empty(metric, size, implementation, rng):
     (batch, Q, P, F), K = size, 2
     x = helpers.tree(helpers.cloud(rng, metric, Q, P, F, batch=batch))
     ct, v = helpers.tree(helpers.cotangents(rng, metric, x, K))
-    out, first, second = helpers.jitted_derivatives(metric, K, implementation)(x, ct, v)
+    out, first, second, moved = helpers.jitted_derivatives(metric, K, implementation)(x, ct, v)
     assert out.f_out.shape == (*batch, Q, F)
     assert out.w_out.shape == out.dists.shape == out.idxs.shape == (*batch, Q, K)
     idxs = np.asarray(out.idxs)
@@ -497,13 +507,17 @@ def test_empty(metric, size, implementation, rng):
     if idxs.size:
         want_first = helpers.oracle_first(metric, x, idxs, ct)
         want_second = helpers.oracle_second(metric, x, idxs, ct, v)
+        want_moved = helpers.oracle_moving(metric, x, idxs, ct, v, helpers.turned(ct))
     else:
         want_first = {n: np.zeros(a.shape) for n, a in zip(helpers.ARGUMENTS[metric], x, strict=True)}
+        want_moved = want_first
         want_second = want_first | {n: np.zeros(a.shape) for n, a in ct.items()}
     for name in first:
         helpers.assert_close(first[name], want_first[name], 1e-10, name)
     for name in second:
         helpers.assert_close(second[name], want_second[name], 1e-9, f"second order, {name}")
+    for name in moved:
+        helpers.assert_close(moved[name], want_moved[name], 1e-9, f"forward over reverse, {name}")
 
 
 @pytest.mark.parametrize("batch, Q", [((), 0), ((0,), 4), ((2,), 0)], ids=str)

@@ -112,11 +112,19 @@ def test_gradients_of_shared_operands_are_summed(mapped, wrt, implementation, rn
         return helpers.total(op(*x)) + helpers.eikonal(op)(*x)
 
     wanted = [NAMES.index(n) for n in wrt]
-    got = helpers.quick_jit(jax.grad(lambda *x: jax.vmap(losses, axes)(*x).sum(), wanted))(*x)
-    single = helpers.quick_jit(jax.grad(losses, wanted))
-    rows = [single(*at(x, mapped, i)) for i in range(N)]
-    for name, bar, *each in zip(wrt, got, *rows, strict=True):
-        helpers.assert_close(bar, np.stack(each) if name in mapped else np.sum(each, 0), 1e-9, name)
+
+    def moved(loss):  # forward over reverse: what is shared moves alike for every item
+        return lambda *x: jax.jvp(jax.grad(loss, wanted), x, tuple(jnp.cos(a) for a in x))[1]
+
+    for name, transform, loss in (
+        ("reverse", lambda loss: jax.grad(loss, wanted), losses),
+        ("forward over reverse", moved, lambda *x: helpers.total(op(*x))),
+    ):
+        got = helpers.quick_jit(transform(lambda *x, loss=loss: jax.vmap(loss, axes)(*x).sum()))(*x)
+        single = helpers.quick_jit(transform(loss))
+        rows = [single(*at(x, mapped, i)) for i in range(N)]
+        for n, bar, *each in zip(wrt, got, *rows, strict=True):
+            helpers.assert_close(bar, np.stack(each) if n in mapped else np.sum(each, 0), 1e-9, f"{name}, {n}")
 
 
 @pytest.mark.thorough_if(implementation="xla")
@@ -175,14 +183,15 @@ def test_mapped_tangents_and_cotangents(implementation, rng):
     def both(ct, v):
         return helpers.second("aniso", op, x, ct, v)
 
-    def moved(v):  # vjp_jvp with its tangents mapped
-        return jax.jvp(lambda *x: helpers.first("aniso", op, x, many[0][0]), x, tuple(v[n] for n in NAMES))[1]
+    def moved(ct, v):  # vjp_jvp
+        return helpers.moving("aniso", op, x, ct, v, helpers.turned(ct))
 
     ct, v = many[0]
     cases = {
         "vjp along ct": (pull, (cts,)),
         "jvp along v": (push, (vs,)),
-        "vjp_jvp along v": (moved, (vs,)),
+        "vjp_jvp along v": (lambda v: moved(ct, v), (vs,)),
+        "vjp_jvp along both": (moved, (cts, vs)),
         "vjp_vjp along both": (both, (cts, vs)),
         "vjp_vjp along v": (lambda v: both(ct, v), (vs,)),
         "vjp_vjp along ct": (lambda ct: both(ct, v), (cts,)),

@@ -8,7 +8,7 @@
 
 namespace knn {
 
-enum class AggregateRole { kValue, kJvp, kVjp, kVjpVjp };
+enum class AggregateRole { kValue, kJvp, kVjp, kVjpVjp, kVjpJvp };
 
 // One struct serves all roles. Operands and results that a role does not have, or that are not asked for, are null.
 // Sizes after the batch axes stand behind each array. Results in full batch are dense.
@@ -34,6 +34,10 @@ struct Aggregate {
   Operand<const TF> v_f;
   Operand<const T> v_sigma, v_R;
 
+  // vjp_jvp: tangents of ct_f, ct_w, ct_d; null means zero, and is where the cotangent is.
+  Operand<const TF> v_ct_f;
+  Operand<const T> v_ct_w, v_ct_d;
+
   // value: f_out, w_out, dists. jvp: their tangents. vjp_vjp: the cotangents of ct_f, ct_w, ct_d, which are the same
   // thing. In full batch.
   TF* f_out;  // [Q, F]
@@ -52,7 +56,7 @@ struct Aggregate {
   // Pairs (query, slot) grouped by point, see invert(); needed for gradients of points.
   Operand<const int32_t> order;    // [pairs of a group]
   Operand<const int32_t> offsets;  // [P + 1]
-  PairFactors<T>* factors;         // [Q, K], in full batch; scratch
+  PairFactors<T>* factors;         // [Q, K], in full batch; scratch. vjp_jvp: MovingFactors<T>
   T* pieces;                       // [pairs of a group / kPiecePairs, 2, F + kPieceTerms]; scratch, on CUDA alone
 };
 

@@ -131,8 +131,9 @@ struct Aggregator {
   using V = Vec<T>;
   using M = Metric<V>;
   using Parameters = typename M::Parameters;
-  static constexpr bool kTangents = role == AggregateRole::kJvp || role == AggregateRole::kVjpVjp;
-  static constexpr bool kCotangents = role == AggregateRole::kVjp || role == AggregateRole::kVjpVjp;
+  static constexpr bool kMoving = role == AggregateRole::kVjpJvp;  // cotangents
+  static constexpr bool kTangents = role == AggregateRole::kJvp || role == AggregateRole::kVjpVjp || kMoving;
+  static constexpr bool kCotangents = role != AggregateRole::kValue && role != AggregateRole::kJvp;
   static constexpr T kInf = static_cast<T>(HUGE_VAL);
 
   // Parameters as an array: sigma, then R.
@@ -168,8 +169,8 @@ struct Aggregator {
     }
   };
   struct Queries {
-    const T *q, *v_q, *ct_w, *ct_d;
-    const TF* ct_f;
+    const T *q, *v_q, *ct_w, *ct_d, *v_ct_w, *v_ct_d;
+    const TF *ct_f, *v_ct_f;
 
     Queries() = default;
     Queries(const Args& args, int64_t b)
@@ -177,7 +178,10 @@ struct Aggregator {
           v_q(AtOrNull(args.v_q, args.batch, b)),
           ct_w(AtOrNull(args.ct_w, args.batch, b)),
           ct_d(AtOrNull(args.ct_d, args.batch, b)),
-          ct_f(AtOrNull(args.ct_f, args.batch, b)) {}
+          v_ct_w(AtOrNull(args.v_ct_w, args.batch, b)),
+          v_ct_d(AtOrNull(args.v_ct_d, args.batch, b)),
+          ct_f(AtOrNull(args.ct_f, args.batch, b)),
+          v_ct_f(AtOrNull(args.v_ct_f, args.batch, b)) {}
   };
 
   // d = q − p of a block's pairs, or its tangent.
@@ -201,30 +205,47 @@ struct Aggregator {
       return m;
     }
   };
-  struct FactorColumns {
-    alignas(64) Column<T> feature, a_e, dist, exponent;
+  // A pair's factors as an array: `feature` first.
+  using Factors = FactorsOf<T, kMoving>;
+  using FactorVectors = FactorsOf<V, kMoving>;
+  static constexpr int kFactors = kMoving ? 6 : 4;
+  static T* ArrayOf(Factors& x) { return reinterpret_cast<T*>(&x); }
+  static V* ArrayOf(FactorVectors& x) { return reinterpret_cast<V*>(&x); }
+  static const T* ArrayOf(const Factors& x) { return reinterpret_cast<const T*>(&x); }
+  static const V* ArrayOf(const FactorVectors& x) { return reinterpret_cast<const V*>(&x); }
 
-    void Put(int64_t n, const PairFactors<T>& x) {
-      feature[n] = x.feature, a_e[n] = x.a_e, dist[n] = x.dist, exponent[n] = x.exponent;
+  struct FactorColumns {
+    alignas(64) Column<T> at[kFactors];
+
+    void Put(int64_t n, const Factors& x) {
+      for (int i = 0; i < kFactors; ++i) at[i][n] = ArrayOf(x)[i];
     }
-    PairFactors<T> Get(int64_t n) const { return {feature[n], a_e[n], dist[n], exponent[n]}; }
-    PairFactors<V> Load(int64_t n) const {
-      return {V::Load(feature + n), V::Load(a_e + n), V::Load(dist + n), V::Load(exponent + n)};
+    Factors Get(int64_t n) const {
+      Factors x;
+      for (int i = 0; i < kFactors; ++i) ArrayOf(x)[i] = at[i][n];
+      return x;
     }
-    void Store(int64_t n, const PairFactors<V>& x) {
-      x.feature.Store(feature + n), x.a_e.Store(a_e + n), x.dist.Store(dist + n), x.exponent.Store(exponent + n);
+    FactorVectors Load(int64_t n) const {
+      FactorVectors x;
+      for (int i = 0; i < kFactors; ++i) ArrayOf(x)[i] = V::Load(at[i] + n);
+      return x;
+    }
+    void Store(int64_t n, const FactorVectors& x) {
+      for (int i = 0; i < kFactors; ++i) ArrayOf(x)[i].Store(at[i] + n);
     }
   };
 
   // The gradient in d of what pairs add; adds that in the parameters to m_bar.
-  static Vec3<V> Gradient(const Parameters& m, const Parameters& dm, Vec3<V> d, Vec3<V> dd, const PairFactors<V>& by,
+  static Vec3<V> Gradient(const Parameters& m, const Parameters& dm, Vec3<V> d, Vec3<V> dd, const FactorVectors& by,
                           Parameters& m_bar) {
     if constexpr (kTangents) {
-      return M::SecondGradient(m, d, dd, dm, by.a_e, {by.dist, by.exponent}, m_bar);
+      return SecondOrderGradient<M>(m, d, dd, dm, by, m_bar);
     } else {
       return M::Gradient(m, d, {by.dist, by.exponent}, m_bar);
     }
   }
+
+  static Factors* FactorsOfPairs(const Args& args) { return static_cast<Factors*>(args.factors); }
 
   static bool WantsGeometry(const Args& args) {
     return args.p_bar != nullptr || args.sigma_bar != nullptr || args.R_bar != nullptr;
@@ -283,10 +304,15 @@ struct Aggregator {
     PrefetchRow(queries.ct_f, i, args.F);
     PrefetchRow(queries.ct_w, i, args.K);
     PrefetchRow(queries.ct_d, i, args.K);
+    if constexpr (kMoving) {
+      PrefetchRow(queries.v_ct_f, i, args.F);
+      PrefetchRow(queries.v_ct_w, i, args.K);
+      PrefetchRow(queries.v_ct_d, i, args.K);
+    }
     PrefetchRow(args.f_out, b * args.Q + i, args.F);
     PrefetchRow(args.w_out, b * args.Q + i, args.K);
     PrefetchRow(args.dists, b * args.Q + i, args.K);
-    PrefetchRow(args.factors, b * args.Q + i, args.K);
+    PrefetchRow(FactorsOfPairs(args), b * args.Q + i, args.K);
   }
 
   // Pairs of some queries, as phase 2 looks at them: the pairs of one query, and then those of the next.
@@ -296,7 +322,8 @@ struct Aggregator {
     Differences d, dd;
     ParameterColumns m, dm;
     alignas(64) Column<T> exists;            // 1 or 0
-    alignas(64) Column<T> ct_w, ct_d, b, a;  // b = ⟨g, f⟩ and a = ⟨g, ḟ⟩
+    alignas(64) Column<T> ct_w, ct_d, b, a;  // b = ⟨g, f⟩ and a = ⟨g, ḟ⟩, or all of Ȧ
+    alignas(64) Column<T> v_ct_d;
     alignas(64) Column<T> w, w_value, dist;  // of dist and w_value, the tangents if there are any
     FactorColumns factors;
     Differences q_bar;
@@ -326,14 +353,21 @@ struct Aggregator {
         block.ct_w[n] = queries.ct_w == nullptr ? 0 : queries.ct_w[slot];
         block.ct_d[n] = queries.ct_d == nullptr ? 0 : queries.ct_d[slot];
       }
+      if constexpr (kMoving) {
+        block.a[n] = queries.v_ct_w == nullptr ? 0 : queries.v_ct_w[slot];
+        block.v_ct_d[n] = queries.v_ct_d == nullptr ? 0 : queries.v_ct_d[slot];
+      }
     }
     if (!dots) return;
     for (int64_t n = block.n - (end - begin); n < block.n; ++n) {
       const int64_t j = block.point[n];
       if (j < 0) continue;
-      const TF* g = queries.ct_f + i * args.F;
-      block.b[n] = DotRows<T>(g, points.f + j * args.F, args.F);
-      if (kTangents && points.v_f != nullptr) block.a[n] = DotRows<T>(g, points.v_f + j * args.F, args.F);
+      const TF *g = queries.ct_f + i * args.F, *f = points.f + j * args.F;
+      block.b[n] = DotRows<T>(g, f, args.F);
+      if (kTangents && points.v_f != nullptr) {
+        block.a[n] = DotRows<T>(g, points.v_f + j * args.F, args.F) + (kMoving ? block.a[n] : 0);
+      }
+      if (kMoving && queries.v_ct_f != nullptr) block.a[n] += DotRows<T>(queries.v_ct_f + i * args.F, f, args.F);
     }
   }
 
@@ -359,14 +393,19 @@ struct Aggregator {
       }
       if constexpr (kCotangents) {
         const V b = V::Load(block.b + n), ct_w = V::Load(block.ct_w + n), ct_d = V::Load(block.ct_d + n);
-        PairFactors<V> by;
+        FactorVectors by;
+        PairFactors<V>& common = by;
         if constexpr (role == AggregateRole::kVjp) {
-          by = FirstOrderFactors(w, b, ct_w, ct_d);
+          common = FirstOrderFactors(w, b, ct_w, ct_d);
         } else {
-          by = SecondOrderFactors(w, b, ct_w, ct_d, V::Load(block.a + n), value.exponent);
+          common = SecondOrderFactors(w, b, ct_w, ct_d, V::Load(block.a + n), value.exponent);
         }
-        by = {Select(exists.v != 0, by.feature, V::Broadcast(NoFactors<T>().feature)), if_exists(by.a_e),
-              if_exists(by.dist), if_exists(by.exponent)};
+        if constexpr (kMoving) {
+          by.moving_feature = w;
+          by.a_dist = V::Load(block.v_ct_d + n);
+        }
+        by.feature = Select(exists.v != 0, by.feature, V::Broadcast(NoFactors<T>().feature));
+        for (int i = 1; i < kFactors; ++i) ArrayOf(by)[i] = if_exists(ArrayOf(by)[i]);
         block.factors.Store(n, by);
         if (args.q_bar != nullptr) {
           Parameters unused = {};
@@ -390,7 +429,7 @@ struct Aggregator {
       const int64_t at = first + block.slot[n];
       if (args.w_out != nullptr) args.w_out[at] = block.w_value[n];
       if (args.dists != nullptr) args.dists[at] = block.dist[n];
-      if (kCotangents && WantsPoints(args)) args.factors[at] = block.factors.Get(n);
+      if (kCotangents && WantsPoints(args)) FactorsOfPairs(args)[at] = block.factors.Get(n);
     }
   }
 
@@ -464,7 +503,7 @@ struct Aggregator {
     const int64_t c, row;
     int64_t first = -1;  // the number of the first pair in the batch entry that the following are of
     Queries queries;
-    const PairFactors<T>* factors = nullptr;  // of the entry
+    const Factors* factors = nullptr;  // of the entry
 
     Cursor(const Args& args, int64_t c) : args(args), c(c), row(args.Q * args.K), queries() {}
 
@@ -474,7 +513,7 @@ struct Aggregator {
         const int64_t s = pair / row, b = Join(Split(args.batch, args.kept), c, s);
         first = s * row;
         queries = Queries(args, b);
-        factors = args.factors + b * row;
+        factors = FactorsOfPairs(args) + b * row;
       }
       return pair - first;
     }
@@ -500,7 +539,7 @@ struct Aggregator {
     others.n = others.rows.n = 0;
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t slot = cursor.Seek(order[pair]), i = cursor.QueryOf(slot);
-      const PairFactors<T> by = cursor.factors[slot];
+      const Factors by = cursor.factors[slot];
       if (pair + kAhead < last) cursor.PrefetchFactors(order[pair + kAhead]);
       if (geometry) {
         others.d.Put(others.n, cursor.queries.q, points.p, i, j);
@@ -508,10 +547,13 @@ struct Aggregator {
         others.factors.Put(others.n, by);
         others.n += Adds(by.feature);
       }
-      if (features && cursor.queries.ct_f != nullptr && Adds(by.feature)) {
-        PrefetchRow(cursor.queries.ct_f, i, args.F);
-        others.rows.Add(cursor.queries.ct_f + i * args.F, by.feature);
-      }
+      const auto add_row = [&](const TF* rows, T factor) {
+        if (!features || rows == nullptr || !Adds(by.feature)) return;
+        PrefetchRow(rows, i, args.F);
+        others.rows.Add(rows + i * args.F, factor);
+      };
+      add_row(cursor.queries.ct_f, by.feature);
+      if constexpr (kMoving) add_row(cursor.queries.v_ct_f, by.moving_feature);
     }
   }
 
@@ -578,8 +620,10 @@ CpuKernel<Aggregate<T, TF>> OfRole(AggregateRole role) {
       return Aggregator<T, TF, Metric, AggregateRole::kJvp>::kKernel;
     case AggregateRole::kVjp:
       return Aggregator<T, TF, Metric, AggregateRole::kVjp>::kKernel;
-    default:
+    case AggregateRole::kVjpVjp:
       return Aggregator<T, TF, Metric, AggregateRole::kVjpVjp>::kKernel;
+    default:
+      return Aggregator<T, TF, Metric, AggregateRole::kVjpJvp>::kKernel;
   }
 }
 

@@ -3,9 +3,9 @@
 //
 // A team of 16 lanes per query does what belongs to queries. Its lanes are now pairs (one neighbour each, for distances
 // and metrics), now words of one neighbour's parameters or features (for loads that meet few cache lines). Where
-// gradients of points are wanted it leaves four factors a pair behind. The pairs, in the order that invert() fixed, are
-// then cut into pieces of one size, whatever the lengths of the points' lists. A warp per piece sums over each point in
-// it, and a last kernel adds up the points that more than one piece has seen.
+// gradients of points are wanted it leaves four factors a pair behind, or six. The pairs, in the order that invert()
+// fixed, are then cut into pieces of one size, whatever the lengths of the points' lists. A warp per piece sums over
+// each point in it, and a last kernel adds up the points that more than one piece has seen.
 
 #include <cuda_pipeline_primitives.h>
 
@@ -73,15 +73,15 @@ __device__ __forceinline__ T TeamSums(const T (&part)[kSums]) {
   }
 }
 
-// Rows of features for the first `count` pairs that a team's lanes hold. Lane l gets ⟨g, row j⟩ of its own j, and `sum`
-// grows by Σ c · (row j) over the team. Both are over the team's features alone, of which the lane's begin at
-// `feature`. Pairs with j < 0 add nothing.
-template <bool kDot, bool kSum, int kWidth, class T, class TF>
-__device__ __forceinline__ T VisitRows(const TF* f, int F, int feature, int32_t j, int count, T c, const T (&g)[kWidth],
-                                       T (&sum)[kWidth]) {
+// Rows of features for the first `count` pairs that a team's lanes hold. dots[n] of lane l grows by ⟨g[n], row j⟩ of
+// its own j, for n < kDots, and `sum` by Σ c · (row j) over the team. Both are over the team's features alone, of which
+// the lane's begin at `feature`. Pairs with j < 0 add nothing.
+template <int kDots, bool kSum, int kWidth, class T, class TF>
+__device__ __forceinline__ void VisitRows(const TF* f, int F, int feature, int32_t j, int count, T c,
+                                          const T (*g)[kWidth], T* dots, T (&sum)[kWidth]) {
   const bool inside = feature < F;
   if (inside) f += feature;
-  T dot[kTeam] = {};
+  T dot[kDots > 0 ? kDots : 1][kTeam] = {};
 #pragma unroll
   for (int group = 0; group < kTeam; group += kRows) {
     if (group < count) {
@@ -99,13 +99,15 @@ __device__ __forceinline__ T VisitRows(const TF* f, int F, int feature, int32_t 
         const T c_row = kSum ? __shfl_sync(kFullMask, c, group + r, kTeam) : T(0);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          if (kDot) dot[group + r] = Fma(g[e], x[r][e], dot[group + r]);
+#pragma unroll
+          for (int n = 0; n < kDots; ++n) dot[n][group + r] = Fma(g[n][e], x[r][e], dot[n][group + r]);
           if (kSum) sum[e] = Fma(c_row, x[r][e], sum[e]);
         }
       }
     }
   }
-  return kDot ? TeamSums(dot) : T(0);
+#pragma unroll
+  for (int n = 0; n < kDots; ++n) dots[n] += TeamSums(dot[n]);
 }
 
 template <class T>
@@ -115,7 +117,9 @@ __device__ __forceinline__ T TeamSum(T x) {
   return x;
 }
 
-enum class Order { kZeroth, kFirst, kSecond };
+enum class Order { kZeroth, kFirst, kSecond, kMoving };  // kMoving: second, where cotangents move too
+template <Order kOrder>
+constexpr bool kIsSecond = kOrder == Order::kSecond || kOrder == Order::kMoving;
 
 // Blocks of a multiprocessor that registers must suffice for: what hides the most latency, as measured on an H200 at
 // F = 64. A few registers are spilled for it.
@@ -123,16 +127,19 @@ template <class T, Order kOrder>
 constexpr int kQueryBlocks = sizeof(T) == 8             ? 1
                              : kOrder == Order::kZeroth ? 8
                              : kOrder == Order::kFirst  ? 7
-                                                        : 6;
+                             : kOrder == Order::kSecond ? 6
+                                                        : 5;
 template <class T>
 constexpr int kPieceBlocks = sizeof(T) == 8 ? 1 : 6;
 
 // The half that owns queries. Zeroth order writes f_out, w_out, dists. Second order writes their tangents there, which
-// are the gradients in the cotangents as well.
+// are the gradients in the cotangents as well, unless these move.
 template <class M, class T, class TF, Order kOrder, int kWidth>
 __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
     QueryKernel(const Aggregate<T, TF> args, uint32_t rows) {
-  constexpr bool kFirst = kOrder == Order::kFirst, kSecond = kOrder == Order::kSecond, kGradients = kFirst || kSecond;
+  constexpr bool kSecond = kIsSecond<kOrder>, kMoving = kOrder == Order::kMoving, kGradients = kOrder != Order::kZeroth;
+  constexpr bool kSums = kOrder == Order::kZeroth || kOrder == Order::kSecond;  // results that are sums of rows
+  using Factors = FactorsOf<T, kMoving>;
   constexpr int kWords = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
   static_assert(kWords <= kTeam);
   __shared__ T fetched[kTeams][kTeam][kWords | 1];  // p, sigma, R of each lane's neighbour; odd, against bank conflicts
@@ -147,6 +154,8 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
 
   const TF* ct_f = kGradients ? AtOrNull(args.ct_f, args.batch, b) : nullptr;
   if (ct_f != nullptr) ct_f += int64_t{i} * F;
+  const TF* v_ct_f = kMoving ? AtOrNull(args.v_ct_f, args.batch, b) : nullptr;
+  if (v_ct_f != nullptr) v_ct_f += int64_t{i} * F;
 
   // The word of a neighbour that this lane fetches for the lane that the neighbour belongs to.
   const T* word = At(args.p, args.batch, b) + lane;
@@ -206,18 +215,18 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
   // features and several of neighbours: then pass −1 is for the former, and each block has a pass for its sums.
   const bool once = K <= kTeam || F <= kSpan;
   const bool dots = kGradients && ct_f != nullptr, gradients = args.q_bar != nullptr || args.factors != nullptr;
-  const int sum_blocks = kFirst || once || args.f_out == nullptr ? 0 : (F + kSpan - 1) / kSpan;
+  const int sum_blocks = !kSums || once || args.f_out == nullptr ? 0 : (F + kSpan - 1) / kSpan;
   Vec3<T> q_bar = {0, 0, 0};
   for (int pass = once || kGradients ? -1 : 0; pass < sum_blocks; ++pass) {
-    const bool sums = !kFirst && args.f_out != nullptr && (once || pass >= 0);
+    const bool sums = kSums && args.f_out != nullptr && (once || pass >= 0);
     const bool main = pass < 0 || (!kGradients && pass == 0);
     const int first = pass < 0 ? 0 : pass * kSpan, last = pass < 0 ? F : min(F, first + kSpan);
     T sum[kWidth] = {};
     for (int start = 0; start < max(K, 1); start += kTeam) {  // once if K is 0, for zeros in f_out
       fetch(start);
-      if (!kFirst) weigh();
+      if (kSums) weigh();
       const int count = min(kTeam, K - start), present = args.P > 0 ? count : 0, k = start + lane;
-      if (!kFirst && main && lane < count) {
+      if (kSums && main && lane < count) {
         if (args.w_out != nullptr) args.w_out[int64_t{row} * K + k] = kSecond ? -w * tangent.exponent : w;
         if (args.dists != nullptr) {
           args.dists[int64_t{row} * K + k] = kSecond ? tangent.dist : j < 0 ? T(INFINITY) : value.dist;
@@ -225,16 +234,17 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
       }
 
       // Σ_k w f, or Σ_k w (v_f − s_e f), with one rounding at the end for 16-bit features. With b = ⟨ct_f, f⟩ and
-      // a = ⟨ct_f, v_f⟩ of each pair.
-      T b_pair = 0, a_pair = 0;
+      // a = ⟨ct_f, v_f⟩ + ⟨v_ct_f, f⟩ of each pair.
+      T b_a[2] = {0, 0};
       for (int block = first; block < last && (sums || dots); block += kSpan) {
         const int at = block + lane * kWidth;
-        T g[kWidth] = {};
-        if (dots && at < F) LoadFeatures(ct_f + at, g);
+        T g[2][kWidth] = {};
+        if (dots && at < F) LoadFeatures(ct_f + at, g[0]);
+        if (v_ct_f != nullptr && at < F) LoadFeatures(v_ct_f + at, g[1]);
         const T c = kSecond ? -w * tangent.exponent : w;
-        b_pair += VisitRows<kGradients, !kFirst>(f, F, at, j, present, c, g, sum);
+        VisitRows<kMoving ? 2 : kGradients ? 1 : 0, kSums>(f, F, at, j, present, c, g, b_a, sum);
         if (kSecond && args.v_f.data != nullptr) {
-          a_pair += VisitRows<true, true>(At(args.v_f, args.batch, b), F, at, j, present, w, g, sum);
+          VisitRows<1, kSums>(At(args.v_f, args.batch, b), F, at, j, present, w, g, b_a + 1, sum);
         }
         if (sums && start + kTeam >= K) {
           if (at < F) StoreFeatures(sum, args.f_out + int64_t{row} * F + at);
@@ -242,24 +252,32 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
           for (int e = 0; e < kWidth; ++e) sum[e] = 0;
         }
       }
-      if (kFirst) weigh();  // so late, since the rows need no weights and hide the wait for parameters
+      if (!kSums) weigh();  // so late, since the rows need no weights and hide the wait for parameters
       if (!kGradients || !main || !gradients) continue;
 
-      PairFactors<T> factors = NoFactors<T>();
+      Factors factors = {NoFactors<T>()};
       if (j >= 0) {
-        const T ct_w_pair = args.ct_w.data == nullptr ? T(0) : At(args.ct_w, args.batch, b)[int64_t{i} * K + k];
-        const T ct_d_pair = args.ct_d.data == nullptr ? T(0) : At(args.ct_d, args.batch, b)[int64_t{i} * K + k];
-        factors = kSecond ? SecondOrderFactors(w, b_pair, ct_w_pair, ct_d_pair, a_pair, tangent.exponent)
-                          : FirstOrderFactors(w, b_pair, ct_w_pair, ct_d_pair);
+        const auto of_pair = [&](const Operand<const T>& ct) {
+          return ct.data == nullptr ? T(0) : At(ct, args.batch, b)[int64_t{i} * K + k];
+        };
+        const T ct_w_pair = of_pair(args.ct_w), ct_d_pair = of_pair(args.ct_d);
+        if constexpr (kMoving) {
+          const T a = b_a[1] + of_pair(args.v_ct_w);
+          factors = {SecondOrderFactors(w, b_a[0], ct_w_pair, ct_d_pair, a, tangent.exponent), w, of_pair(args.v_ct_d)};
+        } else {
+          factors = kSecond ? SecondOrderFactors(w, b_a[0], ct_w_pair, ct_d_pair, b_a[1], tangent.exponent)
+                            : FirstOrderFactors(w, b_a[0], ct_w_pair, ct_d_pair);
+        }
       }
-      if (args.factors != nullptr && lane < count) args.factors[int64_t{row} * K + k] = factors;
+      if (args.factors != nullptr && lane < count) {
+        static_cast<Factors*>(args.factors)[int64_t{row} * K + k] = factors;
+      }
       __syncwarp();  // parameters are read again, instead of kept in registers meanwhile
       if (args.q_bar != nullptr && j >= 0) {
         typename M::Parameters unused = {};
-        const Pair<T> c = {factors.dist, factors.exponent};
-        Accumulate(q_bar, kSecond ? M::SecondGradient(parameters(), offset(), v_offset(), v_parameters(), factors.a_e,
-                                                      c, unused)
-                                  : M::Gradient(parameters(), offset(), c, unused));
+        Accumulate(q_bar,
+                   kSecond ? SecondOrderGradient<M>(parameters(), offset(), v_offset(), v_parameters(), factors, unused)
+                           : M::Gradient(parameters(), offset(), {factors.dist, factors.exponent}, unused));
       }
     }
   }
@@ -290,15 +308,18 @@ __device__ __forceinline__ void StoreTerm(const Aggregate<T, TF>& args, int64_t 
 // The half that owns points: their gradients, summed over the pairs of one piece. A point's sum is a result if the
 // piece has all of its pairs. Else it goes to the piece's first or second place in args.pieces: first, if the point has
 // pairs in the piece before. At most one point is of each kind.
-template <class M, class T, class TF, bool kSecond, int kWidth>
+template <class M, class T, class TF, Order kOrder, int kWidth>
 __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
     PieceKernel(const Aggregate<T, TF> args, const __grid_constant__ SplitBatch split, uint32_t pieces,
                 uint32_t all_pieces) {
   constexpr int kTerms = 3 + M::kSigma + M::kR, kSpan = kTeam * kWidth;
   static_assert(kTerms <= kTeam && kPieceTerms == kTeam);
+  constexpr bool kMoving = kOrder == Order::kMoving;
+  constexpr int kCotangents = kMoving ? 2 : 1;  // rows of a query: ct_f, v_ct_f
+  using Factors = FactorsOf<T, kMoving>;
   struct Row {
-    const TF* ct_f;
-    T factor;
+    const TF* ct_f[kCotangents];
+    T factor[kCotangents];
   };
   __shared__ Row shared_rows[kPieceWarps][kWarp];
   __shared__ T shared_terms[kPieceWarps][kWarp][kTerms | 1];
@@ -320,6 +341,7 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
     const int64_t feature = block + column * kWidth;
     const bool inside = args.f_bar != nullptr && feature < args.F;
     const bool features = args.f_bar != nullptr && args.ct_f.data != nullptr && args.F > 0;
+    const bool v_features = kMoving && args.f_bar != nullptr && args.v_ct_f.data != nullptr && args.F > 0;
     // Of `point`: lanes are features of every other pair, and terms of the metric's gradients.
     int32_t point = -1;
     T sum[kWidth] = {}, term = 0;
@@ -349,9 +371,16 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
         const uint32_t n = static_cast<uint32_t>(order[start + lane]), in_all = n / K, s = in_all / Q;
         const int64_t b = s == 0 ? b0 : Join(split, c, s), i = in_all - s * Q;
         const int64_t slot = i * args.K + (n - in_all * K);
-        const PairFactors<T> factors = args.factors[b * args.Q * args.K + slot];
+        const Factors factors = static_cast<const Factors*>(args.factors)[b * args.Q * args.K + slot];
         j = At(args.idxs, args.batch, b)[slot];
-        rows[lane] = {args.ct_f.data == nullptr ? nullptr : At(args.ct_f, args.batch, b) + i * args.F, factors.feature};
+        const auto of_query = [&](const Operand<const TF>& ct_f) {
+          return ct_f.data == nullptr ? nullptr : At(ct_f, args.batch, b) + i * args.F;
+        };
+        if constexpr (kMoving) {
+          rows[lane] = {{of_query(args.ct_f), of_query(args.v_ct_f)}, {factors.feature, factors.moving_feature}};
+        } else {
+          rows[lane] = {{of_query(args.ct_f)}, {factors.feature}};
+        }
         if (geometry) {
           Vec3<T> d_bar = {0, 0, 0};
           typename M::Parameters m_bar = {};
@@ -360,15 +389,14 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
             const auto m = M::Load(At(args.sigma, args.batch, b0) + M::kSigma * int64_t{j}, R);
             const Vec3<T> d =
                 Load3(At(args.q, args.batch, b) + 3 * i) - Load3(At(args.p, args.batch, b0) + 3 * int64_t{j});
-            const Pair<T> weights = {factors.dist, factors.exponent};
-            if constexpr (kSecond) {
+            if constexpr (kIsSecond<kOrder>) {
               const Vec3<T> dd =
                   Load3If(AtOrNull(args.v_q, args.batch, b), i) - Load3If(AtOrNull(args.v_p, args.batch, b0), j);
               const auto dm = LoadTangents<M>(AtOrNull(args.v_sigma, args.batch, b0),
                                               M::kR > 0 ? AtOrNull(args.v_R, args.batch, b0) : nullptr, j);
-              d_bar = M::SecondGradient(m, d, dd, dm, factors.a_e, weights, m_bar);
+              d_bar = SecondOrderGradient<M>(m, d, dd, dm, factors, m_bar);
             } else {
-              d_bar = M::Gradient(m, d, weights, m_bar);
+              d_bar = M::Gradient(m, d, {factors.dist, factors.exponent}, m_bar);
             }
           }
           const T* of_d = reinterpret_cast<const T*>(&d_bar);
@@ -392,15 +420,17 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
           for (int e = 0; e < kWidth; ++e) sum[e] = 0;
         }
         for (int l = first + half; l - half < last; l += 2 * kRows) {
-          if (features) {
+#pragma unroll
+          for (int n = 0; n < kCotangents; ++n) {
+            if (!(n == 0 ? features : v_features)) continue;
             T x[kRows][kWidth], factor[kRows];
             bool adds[kRows];
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {  // all at once, even if some are beyond the last
               const Row row = rows[min(l + 2 * r, last - 1)];
-              LoadFeatures(row.ct_f + (inside ? feature : 0), x[r]);
-              factor[r] = row.factor;
-              adds[r] = l + 2 * r < last && Adds(row.factor);
+              LoadFeatures(row.ct_f[n] + (inside ? feature : 0), x[r]);
+              factor[r] = row.factor[n];
+              adds[r] = l + 2 * r < last && Adds(row.factor[0]);
             }
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
@@ -509,7 +539,7 @@ cudaError_t Launch(const Aggregate<T, TF>& args, cudaStream_t stream) {
     if (cudaError_t error = CheckGrid(points + all_pieces); error != cudaSuccess) return error;
     if (all_pieces > 0) {
       const SplitBatch split = Split(args.batch, args.kept);
-      PieceKernel<M, T, TF, kOrder == Order::kSecond, kWidth>
+      PieceKernel<M, T, TF, kOrder, kWidth>
           <<<static_cast<unsigned>(CeilDiv(all_pieces, kPieceWarps)), kPieceWarps * kWarp, 0, stream>>>(
               args, split, static_cast<uint32_t>(pieces), static_cast<uint32_t>(all_pieces));
       if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
@@ -527,6 +557,8 @@ cudaError_t LaunchRole(const Aggregate<T, TF>& args, AggregateRole role, cudaStr
       return Launch<M, T, TF, Order::kZeroth, kWidth>(args, stream);
     case AggregateRole::kVjp:
       return Launch<M, T, TF, Order::kFirst, kWidth>(args, stream);
+    case AggregateRole::kVjpJvp:
+      return Launch<M, T, TF, Order::kMoving, kWidth>(args, stream);
     default:  // forward mode is what vjp_vjp says of the cotangents
       return Launch<M, T, TF, Order::kSecond, kWidth>(args, stream);
   }

@@ -3,11 +3,14 @@
 //             then, where the bit masks in the attributes say so:
 //             outs    cotangents of f_out (Q,F), w_out (Q,K), dists (Q,K)
 //             along   tangents of q, p, f, sigma, [R]
+//             along_ct  tangents of the cotangents
 //             and, where a gradient of points is wanted, order (pairs,) and offsets (P+1,), see invert()
 //   results   value, jvp: f_out (Q,F)  w_out (Q,K)  dists (Q,K), or their tangents
-//             want_x   gradients in q, p, f, sigma, [R]; those of points with size 1 along summed batch axes
+//             want_x   gradients in q, p, f, sigma, [R], vjp_jvp: their tangents; those of points with size 1 along
+//                      summed batch axes
 //             want_ct  gradients in the cotangents
-//             and, where a gradient of points is wanted, scratch (Q,K,4), on CUDA also (pieces,2,F+16)
+//             and, where a gradient of points is wanted, scratch (Q,K,4), vjp_jvp: (Q,K,8), on CUDA also
+//             (pieces,2,F+16)
 
 #include "common/bind.h"
 #include "knn/aggregate/cpu.h"
@@ -21,7 +24,7 @@ namespace {
 using Role = AggregateRole;
 
 struct Masks {
-  int64_t outs = 0, along = 0, want_x = 0, want_ct = 0;
+  int64_t outs = 0, along = 0, along_ct = 0, want_x = 0, want_ct = 0;
 };
 
 template <class T, class TF>
@@ -53,6 +56,11 @@ Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& mas
   a.v_sigma = in.ArgIf<T>(Bit(masks.along, 3), {a.P, parameters});
   a.v_R = in.ArgIf<T>(Bit(masks.along, 4), {a.P, 3, 3});
 
+  if ((masks.along_ct & ~masks.outs) != 0) in.Fail("a cotangent that is zero has a tangent");
+  a.v_ct_f = in.ArgIf<TF>(Bit(masks.along_ct, 0), {a.Q, a.F});
+  a.v_ct_w = in.ArgIf<T>(Bit(masks.along_ct, 1), {a.Q, a.K});
+  a.v_ct_d = in.ArgIf<T>(Bit(masks.along_ct, 2), {a.Q, a.K});
+
   const bool values = role == Role::kValue || role == Role::kJvp;
   const bool points = (masks.want_x >> 1) != 0;
   const int64_t want_y = values ? 7 : masks.want_ct;
@@ -74,7 +82,8 @@ Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& mas
   a.f_out = in.RetIf<TF>(Bit(want_y, 0), a.batch, {a.Q, a.F});
   a.w_out = in.RetIf<T>(Bit(want_y, 1), a.batch, {a.Q, a.K});
   a.dists = in.RetIf<T>(Bit(want_y, 2), a.batch, {a.Q, a.K});
-  a.factors = reinterpret_cast<PairFactors<T>*>(in.RetIf<T>(points, a.batch, {a.Q, a.K, 4}));
+  const int64_t factors = role == Role::kVjpJvp ? sizeof(MovingFactors<T>) / sizeof(T) : 4;
+  a.factors = reinterpret_cast<PairFactors<T>*>(in.RetIf<T>(points, a.batch, {a.Q, a.K, factors}));
   if (cuda) in.CheckCount(a.Q, "B*Q");
   const int64_t pieces = (pairs + kPiecePairs - 1) / kPiecePairs;
   a.pieces = in.RetIf<T>(points && cuda, a.kept, {pieces, 2, a.F + kPieceTerms});
@@ -130,14 +139,18 @@ struct Handler {
     return Run(context, args, rets, {});
   }
   static auto Jvp(Context context, int64_t along, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-    return Run(context, args, rets, {0, along, 0, 0});
+    return Run(context, args, rets, {0, along, 0, 0, 0});
   }
   static auto Vjp(Context context, int64_t outs, int64_t want_x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-    return Run(context, args, rets, {outs, 0, want_x, 0});
+    return Run(context, args, rets, {outs, 0, 0, want_x, 0});
   }
   static auto VjpVjp(Context context, int64_t outs, int64_t along, int64_t want_x, int64_t want_ct,
                      ffi::RemainingArgs args, ffi::RemainingRets rets) {
-    return Run(context, args, rets, {outs, along, want_x, want_ct});
+    return Run(context, args, rets, {outs, along, 0, want_x, want_ct});
+  }
+  static auto VjpJvp(Context context, int64_t outs, int64_t along, int64_t along_ct, int64_t want_x,
+                     ffi::RemainingArgs args, ffi::RemainingRets rets) {
+    return Run(context, args, rets, {outs, along, along_ct, want_x, 0});
   }
 };
 
@@ -163,6 +176,14 @@ auto Bind() {
       .Attr<int64_t>("want_ct")   \
       .RemainingArgs()            \
       .RemainingRets()
+#define KNN_BIND_VJP_JVP(Context) \
+  Bind<Context>()                 \
+      .Attr<int64_t>("outs")      \
+      .Attr<int64_t>("along")     \
+      .Attr<int64_t>("along_ct")  \
+      .Attr<int64_t>("want_x")    \
+      .RemainingArgs()            \
+      .RemainingRets()
 
 #define KNN_HANDLERS(DEFINE, platform, Context, Metric)                                                                \
   DEFINE(k##Metric##Value##platform, (Handler<Context, MetricKind::k##Metric, Role::kValue>::Plain),                   \
@@ -170,7 +191,9 @@ auto Bind() {
   DEFINE(k##Metric##Jvp##platform, (Handler<Context, MetricKind::k##Metric, Role::kJvp>::Jvp), KNN_BIND_JVP(Context)); \
   DEFINE(k##Metric##Vjp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjp>::Vjp), KNN_BIND_VJP(Context)); \
   DEFINE(k##Metric##VjpVjp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjpVjp>::VjpVjp),                \
-         KNN_BIND_VJP_VJP(Context))
+         KNN_BIND_VJP_VJP(Context));                                                                                   \
+  DEFINE(k##Metric##VjpJvp##platform, (Handler<Context, MetricKind::k##Metric, Role::kVjpJvp>::VjpJvp),                \
+         KNN_BIND_VJP_JVP(Context))
 
 KNN_HANDLERS(XLA_FFI_DEFINE_HANDLER, Cpu, ffi::ThreadPool, Anisotropic);
 KNN_HANDLERS(XLA_FFI_DEFINE_HANDLER, Cpu, ffi::ThreadPool, Isotropic);
@@ -181,10 +204,10 @@ KNN_HANDLERS(KNN_CUDA_HANDLER, Cuda, cudaStream_t, Isotropic);
 
 }  // namespace
 
-#define KNN_LIST(key, name, platform, Metric)                                                     \
-  {key, name "_value", k##Metric##Value##platform}, {key, name "_jvp", k##Metric##Jvp##platform}, \
-      {key, name "_vjp", k##Metric##Vjp##platform}, {                                             \
-    key, name "_vjp_vjp", k##Metric##VjpVjp##platform                                             \
+#define KNN_LIST(key, name, platform, Metric)                                                              \
+  {key, name "_value", k##Metric##Value##platform}, {key, name "_jvp", k##Metric##Jvp##platform},          \
+      {key, name "_vjp", k##Metric##Vjp##platform}, {key, name "_vjp_vjp", k##Metric##VjpVjp##platform}, { \
+    key, name "_vjp_jvp", k##Metric##VjpJvp##platform                                                      \
   }
 
 std::vector<Registration> AggregateRegistrations() {

@@ -105,6 +105,25 @@ def _vjp_vjp_kernel(
     return call(present(ct, v), (*x[1:], *present(v[1:])), want_x, want_ct, masks)
 
 
+def _vjp_jvp_kernel(
+    metric: Metric,
+    platform: str,
+    batch: Shape,
+    x: Operands,
+    aux: Operands,
+    ct: Sparse,
+    dx: Sparse,
+    dct: Sparse,
+    results: MaybeStructs,
+) -> Any:
+    if not present(dct):
+        return None  # vjp_vjp alone does as much, with fewer factors
+    target = f"{metric.name}_vjp_jvp"
+    masks = {"outs": bits(ct), "along": bits(dx), "along_ct": bits(dct), "want_x": bits(results)}
+    call = functools.partial(_call_with_inverse, target, platform, batch, x, aux)
+    return call(present(ct, dx, dct), (*x[1:], *present(dx[1:])), results, (), masks, factors=8)
+
+
 def _call_with_inverse(
     target: str,
     platform: str,
@@ -116,6 +135,7 @@ def _call_with_inverse(
     want_x: MaybeStructs,
     want_ct: MaybeStructs,
     masks: dict[str, np.int64],
+    factors: int = 4,
 ) -> list[jax.Array] | None:
     """Calls a kernel whose results may include gradients of points, which sum over all pairs that name the point.
 
@@ -123,7 +143,7 @@ def _call_with_inverse(
     along which nothing but queries and indices vary. Any other sum that is wanted is taken here.
 
     Args:
-      more: the operands after idxs. masks: attributes of the call.
+      more: the operands after idxs. masks: attributes of the call. factors: of each pair, in scratch.
       of_points: the operands that belong to points.
     """
     if not ffi.available(target, platform):
@@ -148,7 +168,7 @@ def _call_with_inverse(
         first = sum(s is not None for s in want_x[:1])
         given[first : first + len(points)] = [Struct(kept + s.shape[depth:], s.dtype) for s in points]
         # What a query's half of the kernel finds out about each pair and the points' half needs again.
-        scratch = [Struct(batch + idxs.shape[depth:] + (4,), x[0].dtype)]
+        scratch = [Struct(batch + idxs.shape[depth:] + (factors,), x[0].dtype)]
         if platform == "cuda":
             # Sums over pieces of the grouped pairs, for up to two points each: features and terms of the metric.
             pieces = -(-inverse[0].shape[-1] // ffi.number("cuda.piece_pairs"))
@@ -196,6 +216,7 @@ def family(metric: Metric) -> Family:
         "jvp": _jvp_kernel,
         "vjp": _vjp_kernel,
         "vjp_vjp": _vjp_vjp_kernel,
+        "vjp_jvp": _vjp_jvp_kernel,
     }
     return Family(
         metric.name,
