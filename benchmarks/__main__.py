@@ -15,11 +15,12 @@ import jax
 
 from .distortion import distortion
 from .harness import measure
+from .hash_grid import hash_grid
 from .knn import breakdown, crossover, knn_aggregate, scale, sharding, sweep
 
 SUITES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (knn_aggregate, distortion, scale, sweep, breakdown, crossover, sharding)
+    for module in (knn_aggregate, distortion, hash_grid, scale, sweep, breakdown, crossover, sharding)
 }
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "distortion/cuda.h"
+#include "hash_grid/cuda.h"
 #include "knn/aggregate/cuda.h"
 #include "knn/index/cuda.h"
 #include "knn/invert/cuda.h"
@@ -210,6 +211,54 @@ void ExerciseDistortion(int64_t N, int64_t R, bool shared) {
   Free();
 }
 
+// Of a table, features or cotangents: T, or what `stored` says in its place.
+template <class T>
+Operand<const T> RandomStored(Stored stored, int64_t batch, int64_t n, bool shared) {
+  if (stored == Stored::whole) return Random<T>(batch, n, shared);
+  const Operand<const Half> halves = Random<Half>(batch, n, shared);
+  return {reinterpret_cast<const T*>(halves.data), {halves.stride[0]}};
+}
+
+template <class T>
+void ExerciseHashGrid(int dim, int features, Interpolation interpolation, Stored stored, int64_t N, bool shared) {
+  constexpr int64_t B = 2;
+  HashGrid<T, T> grid = {};
+  grid.batch = {1, {B}};
+  grid.table_batch = {1, {shared ? 1 : B}};
+  grid.N = N, grid.dim = dim, grid.levels = 5, grid.features = features, grid.interpolation = interpolation;
+  for (int l = 0; l < grid.levels; ++l) {
+    Level& level = grid.level[l];
+    level.scale = 3.0f * static_cast<float>(l + 1);
+    level.first = grid.rows;
+    level.rows = l < 2 ? 24 : 64;  // the first are no power of two, and numbers go beyond
+    level.hashed = l >= 2;
+    for (int d = 0, stride = 1; d < dim; ++d, stride *= 3 * l + 4) level.stride[d] = static_cast<uint32_t>(stride);
+    grid.rows += level.rows;
+    grid.most_scale = level.scale;
+  }
+  const int64_t table = int64_t{grid.rows} * features, outputs = int64_t{grid.levels} * features;
+  const int64_t bytes = (shared ? 1 : B) * (2 * sizeof(T) * table + grid.levels * kUnitBytes);
+  grid.x.value = Random<T>(B, N * dim, false);
+  grid.table.value = RandomStored<T>(stored, B, table, shared);
+  grid.weights = Random<T>(B, grid.levels, shared);
+  grid.ct.value = RandomStored<T>(stored, B, N * outputs, false);
+  for (bool tangents : {false, true}) {
+    if (tangents) {
+      grid.x.tangent = Random<T>(B, N * dim, shared);
+      grid.table.tangent = RandomStored<T>(stored, B, table, shared);
+      grid.ct.tangent = RandomStored<T>(stored, B, N * outputs, false);
+    }
+    const int64_t width = stored == Stored::whole ? sizeof(T) : 2;
+    grid.y = reinterpret_cast<T*>(Allocate<char>(B * N * outputs * width));
+    grid.x_bar = Allocate<T>(B * N * dim);
+    grid.table_bar = reinterpret_cast<T*>(Allocate<char>((shared ? 1 : B) * table * width));
+    Check(LaunchHashGrid(grid, stored, Allocate<T>(2 * B * N * dim), Allocate<char>(bytes), bytes, nullptr),
+          "hash grid");
+    Check(cudaDeviceSynchronize(), "synchronize");
+  }
+  Free();
+}
+
 }  // namespace
 
 int main() {
@@ -236,6 +285,13 @@ int main() {
       ExerciseDistortion<double>(N, N / 3, shared);  // sometimes no rays
     }
     ExerciseDistortion<float>(50000, 9000, shared);  // so many that warps have several
+  }
+  for (Interpolation interpolation : {Interpolation::nearest, Interpolation::linear, Interpolation::smoothstep}) {
+    for (int dim : {2, 3, 4}) {
+      ExerciseHashGrid<float>(dim, 2, interpolation, Stored::whole, 300, dim == 3);
+      ExerciseHashGrid<double>(dim, 1, interpolation, Stored::whole, 33, dim == 2);
+      ExerciseHashGrid<float>(dim, 4, interpolation, Stored::half, 70, dim == 4);
+    }
   }
   std::puts("all kernels ran");
   return 0;
