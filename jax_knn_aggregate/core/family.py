@@ -1,8 +1,8 @@
 """One machine for derivatives: an op and its derivatives to any order, from one reference formula and a few kernels.
 
 A *family* is six primitives around a pure-JAX function ``reference(x, aux) -> y``, where ``x`` is a tuple of
-differentiable operands, ``aux`` a tuple of integer operands and ``y`` a tuple of float results. With J the Jacobian of
-the reference at x:
+differentiable operands, ``aux`` a tuple of operands that never move (indices, say) and ``y`` a tuple of float results.
+With J the Jacobian of the reference at x:
 
     value    (x, aux)           -> y
     jvp      (x, aux, dx)       -> dy = J dx
