@@ -63,7 +63,7 @@ def rounded(value, dtype):
     """A fraction to the nearest number of a dtype, ties to even."""
     info = np.finfo(dtype)
     if abs(value) >= Fraction(float(info.max)) * (1 + Fraction(float(info.epsneg)) / 2):
-        return dtype(math.copysign(math.inf, value))
+        return dtype(math.inf if value > 0 else -math.inf)
     guess = dtype(float(value))
     near = [n for n in (np.nextafter(guess, -info.max), guess, np.nextafter(guess, info.max)) if np.isfinite(n)]
     bits = np.uint32 if dtype == np.float32 else np.uint64
