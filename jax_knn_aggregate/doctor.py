@@ -79,13 +79,13 @@ def _families() -> Iterator[tuple[str, str, Callable[..., jax.Array], tuple[np.n
         return hash_grid(x, table, grid, **options)
 
     ids = np.sort(rng.integers(0, 40, 800))
-    grid = HashGrid(levels=8, log2_hashmap_size=10, base_resolution=4, per_level_scale=1.5, interpolation="smoothstep")
+    grid = HashGrid(dim=2, levels=8, log2_hashmap_size=8, per_level_scale=1.5, interpolation="smoothstep")
     points = (300, 3), (200, 3), (200, 16)
     yield "knn_aggregate_aniso", "aniso_value", aniso, arrays(*points, (200, 3), (200, 3, 3))
     yield "knn_aggregate", "iso_value", iso, arrays(*points, (200, 1))
     yield "distortion_loss", "distortion", equal, arrays(*[(20, 40)] * 3)
     yield "flatten_distortion_loss", "flat_distortion", flattened, arrays(*[(800,)] * 3)
-    yield "hash_grid", "hash_grid", encoded, arrays((300, 3), (grid.rows, grid.features))
+    yield "hash_grid", "hash_grid", encoded, arrays((300, 2), (grid.rows, grid.features))
 
 
 def _self_check(fn: Callable[..., jax.Array], x: Arrays) -> float:
