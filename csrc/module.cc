@@ -33,8 +33,7 @@ namespace {
 nb::dict Registrations() {
   nb::dict platforms;
   for (const auto& list : {knn::IndexRegistrations(), knn::SearchRegistrations(), knn::AggregateRegistrations(),
-                           knn::InvertRegistrations(), knn::DistortionRegistrations(),
-                           knn::HashGridRegistrations()}) {
+                           knn::InvertRegistrations(), knn::DistortionRegistrations(), knn::HashGridRegistrations()}) {
     for (const knn::Registration& r : list) {
       if (!platforms.contains(r.platform)) platforms[r.platform] = nb::dict();
       nb::borrow<nb::dict>(platforms[r.platform])[r.name] = nb::capsule(reinterpret_cast<void*>(r.handler));
@@ -60,6 +59,9 @@ nb::dict Numbers() {
   nb::dict n;
   n["batch_axes"] = knn::kMaxBatchAxes;
   n["hash_grid.max_levels"] = knn::kMaxGridLevels;
+  n["cuda.levels_of_thread"] = knn::kLevelsOfThread;
+  n["cuda.grid_sum_bytes"] = knn::kSumBytes;
+  n["cuda.grid_unit_bytes"] = knn::kUnitBytes;
   n["index.leaf"] = knn::kLeafSize;
   n["index.fan_out"] = knn::kFanOut;
   n["index.node_rows"] = static_cast<int>(knn::kNodeRows);

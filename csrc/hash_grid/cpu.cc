@@ -52,7 +52,7 @@ struct Grid {
       for (int i = 0; i < n; ++i) {
         uint32_t at[D];
         for (int d = 0; d < D; ++d) at[d] = cell[d][i];
-        for (int b = 0; b < corners; ++b) row[i][b] = CornerRow<D>(level, at, b);
+        FindRows<D>(level, at, row[i]);
       }
     }
   };

@@ -6,10 +6,10 @@
 
 namespace knn {
 
-#define KNN_DECLARE(isa)                                                   \
-  namespace isa {                                                          \
-  template <class T, class S>                                              \
-  CpuKernel<HashGrid<T, S>> HashGridKernel(const HashGrid<T, S>& args);    \
+#define KNN_DECLARE(isa)                                                \
+  namespace isa {                                                       \
+  template <class T, class S>                                           \
+  CpuKernel<HashGrid<T, S>> HashGridKernel(const HashGrid<T, S>& args); \
   }
 KNN_FOR_EACH_ISA(KNN_DECLARE)
 #undef KNN_DECLARE

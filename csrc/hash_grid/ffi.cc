@@ -5,9 +5,13 @@
 //               level_rows, where its rows begin, with the number of all behind
 
 #include <cmath>
+#include <cstring>
 
 #include "common/bind.h"
 #include "hash_grid/cpu.h"
+#ifdef KNN_CUDA
+#include "hash_grid/cuda.h"
+#endif
 
 namespace knn {
 namespace {
@@ -76,28 +80,66 @@ ffi::Future Cpu(ffi::ThreadPool pool, int32_t given, int32_t want, int32_t featu
                 ffi::Span<const int32_t> hashed, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, /*first_core_ndim=*/2);
   return WithTypes(in, [&](auto t, auto s) {
-    const auto grid = Read<decltype(t), decltype(s)>(
-        in, given, want, {features, interpolation, scales, level_rows, strides, hashed});
+    const auto grid =
+        Read<decltype(t), decltype(s)>(in, given, want, {features, interpolation, scales, level_rows, strides, hashed});
     return RunCpu(pool, in, KNN_BEST(HashGridKernel(grid)), grid);
   });
 }
 
-#define KNN_ATTRIBUTES                                                                                              \
-  Attr<int32_t>("given")                                                                                            \
-      .Attr<int32_t>("want")                                                                                        \
-      .Attr<int32_t>("features")                                                                                    \
-      .Attr<int32_t>("interpolation")                                                                               \
-      .Attr<ffi::Span<const float>>("scales")                                                                       \
-      .Attr<ffi::Span<const int64_t>>("level_rows")                                                                 \
-      .Attr<ffi::Span<const int64_t>>("strides")                                                                    \
-      .Attr<ffi::Span<const int32_t>>("hashed")                                                                     \
-      .RemainingArgs()                                                                                              \
+#define KNN_ATTRIBUTES                              \
+  Attr<int32_t>("given")                            \
+      .Attr<int32_t>("want")                        \
+      .Attr<int32_t>("features")                    \
+      .Attr<int32_t>("interpolation")               \
+      .Attr<ffi::Span<const float>>("scales")       \
+      .Attr<ffi::Span<const int64_t>>("level_rows") \
+      .Attr<ffi::Span<const int64_t>>("strides")    \
+      .Attr<ffi::Span<const int32_t>>("hashed")     \
+      .RemainingArgs()                              \
       .RemainingRets()
 
 XLA_FFI_DEFINE_HANDLER(kCpu, Cpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
 
+#ifdef KNN_CUDA
+
+ffi::Error Cuda(cudaStream_t stream, int32_t given, int32_t want, int32_t features, int32_t interpolation,
+                ffi::Span<const float> scales, ffi::Span<const int64_t> level_rows, ffi::Span<const int64_t> strides,
+                ffi::Span<const int32_t> hashed, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader in(args, rets, /*first_core_ndim=*/2);
+  return WithTypes(in, [&](auto t, auto s) {
+    using T = decltype(t);
+    using S = decltype(s);
+    const auto read = Read<T, S>(in, given, want, {features, interpolation, scales, level_rows, strides, hashed});
+    in.CheckCount(read.N * features, "batch * N * features");
+    const int64_t groups = KNN_ISA::CeilDiv(read.levels, kLevelsOfThread);
+    T* parts =
+        in.RetIf<T>(Bit(want, 0) && groups > 1, Batch{}, {groups, KNN_ISA::Count(read.batch) * read.N, read.dim});
+    const int64_t bytes = in.NextRetSize();
+    uint8_t* scratch = in.RetIf<uint8_t>(Bit(want, 1), Batch{}, {bytes});
+    // Kernels know how features are stored at run time.
+    static_assert(sizeof(HashGrid<T, S>) == sizeof(HashGrid<T, T>));
+    HashGrid<T, T> grid;
+    std::memcpy(&grid, &read, sizeof grid);
+    const Stored stored = std::is_same_v<S, BFloat16> ? Stored::bfloat16
+                          : std::is_same_v<S, Half>   ? Stored::half
+                                                      : Stored::whole;
+    return RunCuda(in, [&] { return LaunchHashGrid(grid, stored, parts, scratch, bytes, stream); });
+  });
+}
+
+KNN_CUDA_HANDLER(kCuda, Cuda, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_ATTRIBUTES);
+
+#endif  // KNN_CUDA
+
 }  // namespace
 
-std::vector<Registration> HashGridRegistrations() { return {{"cpu", "hash_grid", kCpu}}; }
+std::vector<Registration> HashGridRegistrations() {
+  return {
+      {"cpu", "hash_grid", kCpu},
+#ifdef KNN_CUDA
+      {"cuda", "hash_grid", kCuda},
+#endif
+  };
+}
 
 }  // namespace knn

@@ -51,26 +51,27 @@ KNN_FN Place<T> PlaceOf(T x, T scale) {
   return {static_cast<uint32_t>(cell), whole ? T(0) : FusedFma(x, scale, T(0.5) - floor)};
 }
 
-// The row, within its level, of the corner at the given cell.
-template <int D>
-KNN_FN uint32_t RowOf(const Level& level, const uint32_t (&cell)[D]) {
+// The rows, within their level, of a cell's corners, of which bits say on which sides they are: the number of each, or
+// its hash, modulo the level's rows, which are a power of two where rows are hashed. Other numbers are less unless the
+// point lies outside the unit cube, or the level is tiled.
+template <int D, int kCorners>
+KNN_FN void FindRows(const Level& level, const uint32_t (&cell)[D], uint32_t (&row)[kCorners]) {
   constexpr uint32_t kPrimes[] = {1u, 2654435761u, 805459861u, 3674653429u};
-  uint32_t number = 0;
   if (level.hashed) {
-    for (int d = 0; d < D; ++d) number ^= cell[d] * kPrimes[d];
+    for (int b = 0; b < kCorners; ++b) {
+      uint32_t hash = 0;
+      for (int d = 0; d < D; ++d) hash ^= (cell[d] + (b >> d & 1)) * kPrimes[d];
+      row[b] = hash & (level.rows - 1);
+    }
   } else {
-    for (int d = 0; d < D; ++d) number += cell[d] * level.stride[d];
+    uint32_t first = 0;
+    for (int d = 0; d < D; ++d) first += cell[d] * level.stride[d];
+    for (int b = 0; b < kCorners; ++b) {
+      uint32_t number = first;
+      for (int d = 0; d < D; ++d) number += (b >> d & 1) * level.stride[d];
+      row[b] = number < level.rows ? number : number % level.rows;
+    }
   }
-  if (number < level.rows) return number;
-  return (level.rows & (level.rows - 1)) == 0 ? number & (level.rows - 1) : number % level.rows;
-}
-
-// The corners of a cell, b as bits.
-template <int D>
-KNN_FN uint32_t CornerRow(const Level& level, const uint32_t (&cell)[D], int b) {
-  uint32_t corner[D];
-  for (int d = 0; d < D; ++d) corner[d] = cell[d] + (b >> d & 1);
-  return RowOf(level, corner);
 }
 
 // How much the corners on either side of an axis weigh, and how fast that of the upper one grows with x.

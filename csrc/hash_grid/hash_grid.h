@@ -9,6 +9,10 @@ namespace knn {
 
 inline constexpr int kMaxGridLevels = 64, kMaxDim = 4;
 
+// On CUDA: levels that a thread goes through; how many bytes of sums are kept at a time, unless a level needs more; and
+// what is known of each unit.
+inline constexpr int kLevelsOfThread = 4, kSumBytes = 32 << 20, kUnitBytes = 16;
+
 enum class Interpolation : int32_t { nearest, linear, smoothstep };
 
 // One level: its part of the table is rows [first, first + rows).
@@ -37,9 +41,9 @@ struct HashGrid {
   Input<S> ct;               // [N, levels·features], where gradients are wanted
 
   // Given tangents, the derivatives of these along them. In full batch but for table_bar.
-  S* y;              // [N, levels·features]
-  T* x_bar;          // [N, dim]
-  S* table_bar;      // [rows, features], summed over the axes along which table_batch has size 1
+  S* y;          // [N, levels·features]
+  T* x_bar;      // [N, dim]
+  S* table_bar;  // [rows, features], summed over the axes along which table_batch has size 1
   Batch table_batch;
 };
 
@@ -49,5 +53,25 @@ KNN_FN bool HasTangents(const HashGrid<T, S>& a) {
 }
 
 }  // namespace knn
+
+namespace knn::KNN_ISA {
+
+// Whole numbers of 64 bits that one sum in the table's gradient takes on CUDA.
+template <class T>
+inline constexpr int kLimbs = sizeof(T) / 4;
+
+// The level that follows those, from `begin` on, whose sums are kept at the same time. A unit is a level of one of the
+// tables, in the order in which their rows lie in memory.
+template <class T, class S>
+KNN_FN int64_t GroupEnd(const HashGrid<T, S>& a, int64_t begin) {
+  const int64_t units = Count(a.table_batch) * a.levels, most = kSumBytes / (8 * kLimbs<T> * a.features);
+  int64_t rows = 0, end = begin;
+  while (end < units && end - begin < 65535 && (end == begin || rows + a.level[end % a.levels].rows <= most)) {
+    rows += a.level[end++ % a.levels].rows;
+  }
+  return end;
+}
+
+}  // namespace knn::KNN_ISA
 
 #endif  // JKA_HASH_GRID_HASH_GRID_H_

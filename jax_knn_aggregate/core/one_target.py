@@ -19,7 +19,13 @@ Kernel = Callable[..., list[jax.Array] | None]
 
 
 def one_target(
-    target: str, *, x: int, y: int, attributes: Mapping[str, Any] = {}, sums: Sequence[int] = ()
+    target: str,
+    *,
+    x: int,
+    y: int,
+    attributes: Mapping[str, Any] = {},
+    sums: Sequence[int] = (),
+    scratch: Callable[..., Sequence[jax.ShapeDtypeStruct]] = lambda *_: (),
 ) -> dict[str, Kernel]:
     """The ``kernels`` of a ``Family`` with ``x`` differentiable operands and ``y`` results.
 
@@ -43,8 +49,9 @@ def one_target(
             if s is not None
         ]
         masks = {"given": bits((*v, *ct, *v_ct)), "want": bits(results), **attributes}
-        got = ffi.call(target, full)(*present(*operands, v, ct, v_ct), **masks)
-        return [fit(a, s.shape) for a, s in zip(got, wanted, strict=True)]
+        more = scratch(platform, batch, operands[0], results)
+        got = ffi.call(target, [*full, *more])(*present(*operands, v, ct, v_ct), **masks)
+        return [fit(a, s.shape) for a, s in zip(got, wanted, strict=False)]
 
     def value(p: str, b: Shape, x: Group, aux: Group, y: Group) -> Any:
         return call((p, b, x, aux), (*no_x, *y))

@@ -64,9 +64,7 @@ class HashGrid:
             object.__setattr__(self, name, value)
         for name, choices in (("interpolation", get_args(Interpolation)), ("kind", get_args(Kind))):
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}."
-                )
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}.")
         scale = self.per_level_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float | np.integer | np.floating):
             raise TypeError(f"per_level_scale is {scale!r}, expected a Python number: it sets the shape of the table.")
