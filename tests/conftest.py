@@ -88,7 +88,7 @@ def _check_kernels():
         raise pytest.UsageError(f"JAX_KNN_AGGREGATE_REQUIRE_KERNELS is {required!r}, expected 'cpu' or 'cuda'.")
     from helpers import PLATFORM, REQUIRED
 
-    missing = REQUIRED[required] - ffi.TARGETS.get(required, frozenset())
+    missing = REQUIRED - ffi.TARGETS.get(required, frozenset())
     if missing:
         raise pytest.UsageError(f"Kernels for {required} are required, but these are not registered: {sorted(missing)}")
     if required == "cuda" and required != PLATFORM:

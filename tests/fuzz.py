@@ -756,6 +756,12 @@ class Grid(Problem):
         touched = jnp.where(d["live"][..., None, None, None], corners, 0.0).sum() + d["x"].sum()
         return {"y": y.reshape(*d["x"].shape[:-1], grid.outputs), "touched": touched}
 
+    def may_differ(self, kind, path):
+        """Of what is not there, linear in the table or nearest in x, NaN·0 or nothing at all."""
+        names = [getattr(k, "idx", getattr(k, "key", None)) for k in path]
+        absent = self.grid.interpolation == "nearest" or self.wrt == ["table"]
+        return absent and (names[-1] == "y" or len(names) == 2)
+
     def given(self, d, y):
         x = self.full("x", d["x"])
         lead = (*self.levels, *self.B, self.N)

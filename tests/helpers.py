@@ -16,11 +16,9 @@ import jax_knn_aggregate as jka
 
 #: JAX's name, in lowerings, of the default platform.
 PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-#: Targets, by platform, without which some derivative of first or second order, or search, would silently run the
-#: reference.
+#: Targets without which some search or derivative of first or second order would silently run the reference.
 REQUIRED = {f"{m}_{role}" for m in ("aniso", "iso") for role in ("index", "search", "value", "jvp", "vjp", "vjp_vjp")}
-REQUIRED |= {"invert", "distortion", "flat_distortion", "ray_offsets"}
-REQUIRED = {"cpu": REQUIRED | {"hash_grid"}, "cuda": REQUIRED}
+REQUIRED |= {"invert", "distortion", "flat_distortion", "ray_offsets", "hash_grid"}
 
 ARGUMENTS = {"aniso": ("q", "p", "f", "sigma", "R"), "iso": ("q", "p", "f", "sigma")}
 OUTPUTS = ("f_out", "w_out", "dists")
