@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import __version__, distortion_loss, flatten_distortion_loss, knn_aggregate, knn_aggregate_aniso
+from . import (
+    HashGrid,
+    __version__,
+    distortion_loss,
+    flatten_distortion_loss,
+    hash_grid,
+    knn_aggregate,
+    knn_aggregate_aniso,
+)
 from .core import ffi
 
 Arrays = tuple[jax.Array, ...]
@@ -67,12 +75,17 @@ def _families() -> Iterator[tuple[str, str, Callable[..., jax.Array], tuple[np.n
     def flattened(w: Any, m: Any, interval: Any, **options: Any) -> jax.Array:
         return flatten_distortion_loss(w, m, interval, ids, 40, sort=True, **options)
 
+    def encoded(x: Any, table: Any, **options: Any) -> jax.Array:
+        return hash_grid(x, table, grid, **options)
+
     ids = np.sort(rng.integers(0, 40, 800))
+    grid = HashGrid(dim=2, levels=8, log2_hashmap_size=8, per_level_scale=1.5, interpolation="smoothstep")
     points = (300, 3), (200, 3), (200, 16)
     yield "knn_aggregate_aniso", "aniso_value", aniso, arrays(*points, (200, 3), (200, 3, 3))
     yield "knn_aggregate", "iso_value", iso, arrays(*points, (200, 1))
     yield "distortion_loss", "distortion", equal, arrays(*[(20, 40)] * 3)
     yield "flatten_distortion_loss", "flat_distortion", flattened, arrays(*[(800,)] * 3)
+    yield "hash_grid", "hash_grid", encoded, arrays((300, 2), (grid.rows, grid.features))
 
 
 def _self_check(fn: Callable[..., jax.Array], x: Arrays) -> float:

@@ -27,6 +27,7 @@ import jax_knn_aggregate as jka
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # which python -P leaves out, so that the checkout is not in it
 import helpers
+from hash_grid import oracle as grids
 
 INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
 HALF = [jnp.bfloat16, jnp.float16]
@@ -116,7 +117,7 @@ class Problem:
         """Sizes of mapped axes, outermost first, and for each operand where each of them is, or None."""
         depth = pick(rng, 0, 0, 1, 1, 2)
         self.levels = tuple(0 if rng.random() < 0.03 else int(rng.integers(1, 4)) for _ in range(depth))
-        self.axes = {n: (0,) * depth for n in ("idxs", "live")}
+        self.axes = {n: (0,) * depth for n in ("idxs", "live", "place")}
         forced = [pick(rng, *(n for n in ndims if " " not in n)) for _ in self.levels]
         self.inside = bool(rng.random() < 0.4)  # derivatives inside vmap, or of it
         share = pick(rng, 0.2, 0.5)
@@ -216,7 +217,7 @@ class Problem:
         given = {n: a for n, a in d.items() if n not in self.ours_only} | self.given(d, y)
 
         def oracle(rounding):
-            exact = ("idxs", "live", "ids")
+            exact = ("idxs", "live", "ids", "place")
             return self.wide({n: a if n in exact else self.rounded(rng, a, rounding) for n, a in given.items()})
 
         want = oracle(0)
@@ -684,6 +685,142 @@ class Distortion(Problem):
         report.check("shapes", loss.shape == want and loss.dtype == self.dtypes["loss"], f"loss is {loss.shape}")
 
 
+# ---- Hash grids
+
+
+class Grid(Problem):
+    exact_kinds = ("plain", "borders", "zeros", "far", "huge", "tiny")
+    names, outputs, ours_only = ("x", "table"), ("y",), ()
+
+    def __init__(self, rng):
+        while True:
+            growth = pick(rng, 1.0, 1.5, 2.0, rng.uniform(0.5, 3))
+            self.grid = jka.HashGrid(
+                dim=pick(rng, 2, 3, 4),
+                levels=pick(rng, 1, 2, 4),
+                features=pick(rng, 1, 2, 4, 8),
+                log2_hashmap_size=pick(rng, 3, 5, 7),
+                base_resolution=pick(rng, 1, 2, 3, 7),
+                per_level_scale=growth,
+                interpolation=pick(rng, "linear", "smoothstep", "smoothstep", "nearest"),
+                kind=pick(rng, "hash", "hash", "dense", "tiled"),
+            )
+            if self.grid.rows <= 3000:
+                break
+        self.N, self.B = pick(rng, 0, 1, 2, 31, 33, 64), pick(rng, (), (), (0,), (1,), (3,), (2, 2))
+        dtype = np.dtype(pick(rng, np.float32, np.float32, np.float64))
+        self.dtypes = {"x": dtype, "table": dtype, "level": dtype}
+        if dtype == np.float32 and rng.random() < 0.3:
+            self.dtypes["table"] = np.dtype(pick(rng, *HALF))
+        self.dtypes["y"] = self.dtypes["table"]
+        self.level = bool(rng.random() < 0.5)
+        self.reverse = bool(rng.random() < 0.6)
+        self.wrt, self.asked = some(rng, self.names, 0.7), ["y"]
+        ndims = {"x": len(self.B) + 2, "table": 2} | ({"level": 0} if self.level else {})
+        ndims |= {"ct y": len(self.B) + 2} | {f"v {n}": ndims[n] for n in self.wrt}
+        self.draw(rng, ndims)
+
+    def __str__(self):
+        how = f"vmap {self.levels} {'inside' if self.inside else 'outside'}" if self.levels else "no vmap"
+        types = ", ".join(str(self.dtypes[n]) for n in self.names)
+        level = ", max_level" if self.level else ""
+        return f"{self.grid} B={self.B} N={self.N} {types}, {how}{level}, in {self.wrt}"
+
+    def call(self, d, implementation=None):
+        level = {"max_level": d["level"]} if self.level else {}
+        return {"y": jka.hash_grid(d["x"], d["table"], self.grid, **level, implementation=implementation)}
+
+    def reference(self, d):
+        return self.call(d, "xla")
+
+    def oracle(self, d):
+        """Of given rows, and given places within cells, which move with x."""
+        grid, x, rows = self.grid, d["x"][..., None, :], d["idxs"]
+        scales = np.asarray(grid.scales, np.float64).reshape(*[1] * (x.ndim - 2), grid.levels, 1)
+        f = d["place"] + scales * (x - jax.lax.stop_gradient(x))
+        s = f * f * (3 - 2 * f) if grid.interpolation == "smoothstep" else f
+        weights = []
+        for b in range(rows.shape[-1]):
+            upper = [b >> e & 1 for e in range(grid.dim)]  # axis 0 varies fastest
+            weights.append(
+                functools.reduce(jnp.multiply, [s[..., e] if u else 1 - s[..., e] for e, u in enumerate(upper)])
+            )
+        weight = jnp.stack(weights, -1)
+        if grid.interpolation == "nearest":
+            weight = jnp.ones(weight.shape)
+        corners = d["table"][rows]
+        y = (weight[..., None] * corners).sum(-2)
+        if self.level:
+            count = jnp.clip(d["level"] - jnp.arange(grid.levels, dtype=d["level"].dtype), 0, 1)
+            y = y * count.reshape(*[1] * (x.ndim - 2), grid.levels, 1)
+        touched = jnp.where(d["live"][..., None, None, None], corners, 0.0).sum() + d["x"].sum()
+        return {"y": y.reshape(*d["x"].shape[:-1], grid.outputs), "touched": touched}
+
+    def may_differ(self, kind, path):
+        """Of what is not there, linear in the table or nearest in x, NaN·0 or nothing at all."""
+        names = [getattr(k, "idx", getattr(k, "key", None)) for k in path]
+        absent = self.grid.interpolation == "nearest" or self.wrt == ["table"]
+        return absent and (names[-1] == "y" or len(names) == 2)
+
+    def given(self, d, y):
+        x = self.full("x", d["x"])
+        lead = (*self.levels, *self.B, self.N)
+        o = grids.Oracle(self.grid, x.reshape(int(np.prod(lead, dtype=int)), self.grid.dim))
+        found = {"idxs": o.rows, "live": ~o.lost, "place": o.fraction}
+        return {n: a.reshape(*lead, *a.shape[1:]) for n, a in found.items()}
+
+    def content(self, rng):
+        full, grid = (*self.front, *self.B), self.grid
+        half = self.dtypes["table"].itemsize == 2
+        kind = pick(rng, *self.exact_kinds, "plain", "wild", *["not finite"] * 3)
+        kind = "plain" if half and kind == "wild" else kind  # beyond their range
+        shape = (*full, self.N, grid.dim)
+        x = rng.uniform(-0.5, 1.5, shape)
+        table = rng.normal(size=(*self.front, grid.rows, grid.features))
+        if kind == "borders":
+            scale = rng.choice(np.where(grid.scales == 0, 1, grid.scales), shape)
+            x = np.where(
+                rng.random(shape) < 0.7, (rng.integers(-2, 12, shape) - 0.5) / scale, rng.integers(-2, 3, shape)
+            )
+        if kind == "zeros":
+            x, table = (a * pick(rng, 0, 1) for a in (x, table))
+        if kind == "far":
+            x = x * 10.0 ** rng.uniform(0, 6, shape)
+        if kind == "huge":
+            x = x * 10.0 ** rng.uniform(6, 30, shape)
+        if kind in ("huge", "tiny") and not half:
+            table = table * 10.0 ** (pick(rng, 0, 8) if kind == "huge" else -pick(rng, 0, 8))
+        if kind == "tiny":
+            x = x * 10.0 ** rng.uniform(-40, 0, shape)
+        if kind == "wild":
+            x, table = scattered(rng, x, self.dtypes["x"]), scattered(rng, table, self.dtypes["table"])
+        d = {"x": x, "table": table, "ct y": rng.normal(size=(*full, self.N, grid.outputs))}
+        d |= {f"v {n}": rng.normal(size=d[n].shape) for n in self.wrt}
+        if self.level:
+            d["level"] = pick(
+                rng, rng.integers(-1, grid.levels + 2, self.front), rng.uniform(0, grid.levels, self.front)
+            )
+        with np.errstate(all="ignore"):
+            d = {n: np.asarray(a).astype(self.dtypes[n.split()[-1]]) for n, a in d.items()}
+        if kind == "not finite":
+            kind = self.poison(rng, d)
+            if rng.random() < 0.3 and d["x"].size:  # positions that overflow
+                d["x"].flat[rng.integers(0, d["x"].size, 2)] = np.finfo(d["x"].dtype).max * pick(rng, 1, -1, 0.3)
+        return kind, d
+
+    def checks(self, rng, report, kind, d, got):
+        y = got["values"]["y"]
+        want = (*self.levels, *self.B, self.N, self.grid.outputs)
+        report.check("shapes", y.shape == want and y.dtype == self.dtypes["y"], f"y is {y.shape} {y.dtype}")
+        lost = ~self.given(d, None)["live"]
+        report.check("lost", np.isnan(y[lost]).all(), "points that are not finite have features")
+        again = jax.tree.map(np.asarray, self.ours(d))
+        same = all(
+            np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (got, again)), strict=True)
+        )
+        report.check("bits", same, "other bits in another run")
+
+
 # ---- Running
 
 
@@ -753,7 +890,7 @@ def main():
             break
         rng = np.random.default_rng([args.seed, number])
         report.start(number, -1, None)
-        problem = attempt(report, lambda rng=rng: pick(rng, Aggregate, Aggregate, Aggregate, Distortion)(rng))
+        problem = attempt(report, lambda rng=rng: pick(rng, Aggregate, Aggregate, Aggregate, Distortion, Grid)(rng))
         report.finish()
         report.classes += 1
         for content in only[1:] or range(args.contents if problem else 0):

@@ -55,7 +55,8 @@ def test_target_names():
     assert len(set(jka.FFI_TARGETS)) == len(jka.FFI_TARGETS)
     assert set(ffi.TARGETS) <= {"cpu", "cuda"}
     for name in jka.FFI_TARGETS:
-        roles = r"(aniso|iso)_(index|search|value|jvp|vjp|vjp_vjp|vjp_jvp)|invert|(flat_)?distortion|ray_offsets"
+        aggregates = r"(aniso|iso)_(index|search|value|jvp|vjp|vjp_vjp|vjp_jvp)|invert"
+        roles = rf"{aggregates}|(flat_)?distortion|ray_offsets|hash_grid"
         assert re.fullmatch(rf"jax_knn_aggregate\.({roles})", name), f"{name} is of no op, or of no role"
 
 

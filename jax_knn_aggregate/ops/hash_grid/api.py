@@ -76,11 +76,10 @@ def _weights(max_level: Any, grid: HashGrid, dtype: Any) -> jax.Array:
     """(levels,): how much each level counts."""
     if max_level is None:
         return jnp.ones(grid.levels, dtype)
-    if (
-        isinstance(max_level, bool)
-        or jnp.ndim(max_level) != 0
-        or not jnp.isdtype(jnp.result_type(max_level), ("integral", "real floating"))
-    ):
+    number = isinstance(max_level, int | float) and not isinstance(max_level, bool)
+    if isinstance(max_level, jax.Array | np.ndarray | np.generic):
+        number = max_level.ndim == 0 and jnp.isdtype(max_level.dtype, ("integral", "real floating"))
+    if not number:
         raise TypeError(f"max_level is {max_level!r}, expected a number, or an array of shape ().")
     last = lax.stop_gradient(jnp.asarray(max_level).astype(dtype))
     return jnp.clip(last - jnp.asarray(np.arange(grid.levels), dtype), 0, 1)

@@ -74,21 +74,36 @@ def _locate(grid: HashGrid, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     fixed = lax.stop_gradient(x)[:, None, :]
     finite = jnp.isfinite(fixed * jnp.abs(scale).max()).all((1, 2))
     inside = jnp.where(finite[:, None, None], fixed, jnp.zeros((), dtype))
-    # x·scale without rounding, as a sum of products that are exact: factors are cut into halves of few digits.
-    digits, exponent = (11, 8) if dtype == jnp.float32 else (25, 11)
-    x_high, s_high = (lax.reduce_precision(a, exponent, digits) for a in (inside, scale))
-    x_low, s_low = inside - x_high, scale - s_high
-    product = inside * scale
-    error = ((x_high * s_high - product) + x_high * s_low + x_low * s_high) + x_low * s_low
+    # scale·x + ½ as a sum of terms that are exact, since factors are cut into halves of few digits. Nothing is rounded
+    # but sums: where a compiler contracts products and sums, the bits stay the same.
     half = jnp.asarray(0.5, dtype)
-    total = product + half
-    lost = (product - (total - half)) + error  # exact unless the product is below ¼, where floor does not care
-    cell = jnp.floor(total + lost)
-    near = ((product - cell) + half) + error
-    fraction = jnp.where(jnp.abs(total) >= 2.0 ** (23 if dtype == jnp.float32 else 52), jnp.zeros_like(near), near)
+    (x_high, x_low), (s_high, s_low) = _halves(inside), _halves(scale)
+    large, lost_1 = _two_sum(x_high * s_high, half)
+    small, lost_2 = _two_sum(x_high * s_low, x_low * s_high)
+    total, lost_3 = _two_sum(large, small)
+    rest = ((lost_1 + lost_3) + lost_2) + x_low * s_low
+    position = total + rest  # rounded once
+    cell = jnp.floor(position)
+    near = (total - cell) + rest
+    fraction = jnp.where(jnp.abs(position) >= 2.0 ** (23 if dtype == jnp.float32 else 52), jnp.zeros_like(near), near)
     # Its derivative is the scale, whatever the digits.
     moving = jnp.where(finite[:, None, None], x[:, None, :], jnp.zeros((), dtype))
     return cell, lax.stop_gradient(fraction) + scale * (moving - lax.stop_gradient(moving)), finite
+
+
+def _halves(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two numbers whose sum is a, such that products of halves are exact; of float64, where one factor is a float32."""
+    bits, low = (jnp.uint32, 12) if a.dtype == jnp.float32 else (jnp.uint64, 27)
+    mask = jnp.asarray((2 ** (8 * a.dtype.itemsize) - 1) ^ (2**low - 1), bits)
+    high = lax.bitcast_convert_type(lax.bitcast_convert_type(a, bits) & mask, a.dtype)
+    return high, a - high
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a + b rounded, and what that lost."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
 
 
 def _rows(grid: HashGrid, cell: jax.Array) -> jax.Array:
