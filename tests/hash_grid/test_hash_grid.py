@@ -243,7 +243,7 @@ def test_what_moves_and_what_is_wanted(interpolation, implementation, rng):
 @pytest.mark.parametrize("name", ["2d dense", "3d smoothstep", "2d linear"])
 @pytest.mark.thorough_if(name=["3d smoothstep", "2d linear"])
 def test_third_order(name, kernels, rng):
-    """Has no kernels: the reference runs."""
+    """Has no kernels, and neither has forward over forward: the reference runs."""
     grid = GRIDS[name]
     d = problem(rng, grid, 9)
     p, q = jnp.asarray(rng.normal(size=d["x"].shape)), jnp.asarray(rng.normal(size=d["table"].shape))
@@ -263,6 +263,12 @@ def test_third_order(name, kernels, rng):
     table, ct, v, u = (np.asarray(d[n]) for n in ("table", "ct", "v", "u"))
     want = oracle.Oracle(grid, d["x"]).third(table, ct, v, u, np.asarray(p), np.asarray(q))
     helpers.assert_trees_close(helpers.quick_jit(third)(*operands), want, 1e-9)
+
+    def forward(x, table):
+        return jax.jvp(lambda *z: hash_grid(*z, grid), (x, table), (d["v"], d["u"]))[1]
+
+    along = helpers.quick_jit(lambda *z: jax.jvp(forward, z, (p, q))[1])(*operands[:2])
+    helpers.assert_close(along, want[2], 1e-9)
 
 
 # ---- float32 and narrower
