@@ -69,8 +69,8 @@ def rounded(value, dtype):
         return dtype(near)
     with np.errstate(over="ignore"):
         guess = dtype(near)
-    if not np.isfinite(guess) or abs(near - float(guess)) * 2 != float(np.spacing(abs(guess))):
-        return guess
+        if not np.isfinite(guess) or abs(near - float(guess)) * 2 != float(np.spacing(abs(guess))):
+            return guess
     # Halfway between two, or rounded to there.
     both = guess, np.nextafter(guess, dtype(math.copysign(math.inf, near - float(guess))))
     return min(both, key=lambda n: (abs(Fraction(float(n)) - value), int(n.view(np.uint32)) & 1))
