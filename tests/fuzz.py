@@ -705,7 +705,8 @@ class Grid(Problem):
                 interpolation=pick(rng, "linear", "smoothstep", "smoothstep", "nearest"),
                 kind=pick(rng, "hash", "hash", "dense", "tiled"),
             )
-            if self.grid.rows <= 3000:
+            # With one row at all corners, derivatives in x are what rounding leaves of 0.
+            if self.grid.rows <= 3000 and np.diff(self.grid.level_rows).min() > 1:
                 break
         self.N, self.B = pick(rng, 0, 1, 2, 31, 33, 64), pick(rng, (), (), (0,), (1,), (3,), (2, 2))
         dtype = np.dtype(pick(rng, np.float32, np.float32, np.float64))

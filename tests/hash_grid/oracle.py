@@ -60,20 +60,31 @@ def row(grid, level, corner):
 
 
 def rounded(value, dtype):
-    """A fraction to the nearest number of a dtype, ties to even."""
-    info = np.finfo(dtype)
-    if abs(value) >= Fraction(float(info.max)) * (1 + Fraction(float(info.epsneg)) / 2):
-        return dtype(math.inf if value > 0 else -math.inf)
-    guess = dtype(float(value))
-    near = [n for n in (np.nextafter(guess, -info.max), guess, np.nextafter(guess, info.max)) if np.isfinite(n)]
-    bits = np.uint32 if dtype == np.float32 else np.uint64
-    return min(near, key=lambda n: (abs(Fraction(float(n)) - value), int(n.view(bits)) & 1))
+    """A fraction to the nearest number of a dtype, ties to even. Python rounds to float64 like that."""
+    try:
+        near = float(value)
+    except OverflowError:
+        near = math.inf if value > 0 else -math.inf
+    if dtype == np.float64:
+        return dtype(near)
+    with np.errstate(over="ignore"):
+        guess = dtype(near)
+        if not np.isfinite(guess) or abs(near - float(guess)) * 2 != float(np.spacing(abs(guess))):
+            return guess
+    # Halfway between two, or rounded to there.
+    both = guess, np.nextafter(guess, dtype(math.copysign(math.inf, near - float(guess))))
+    return min(both, key=lambda n: (abs(Fraction(float(n)) - value), int(n.view(np.uint32)) & 1))
+
+
+@functools.lru_cache(2**16)
+def _position(x, scale, dtype):
+    exact = Fraction(x) * Fraction(scale) + Fraction(1, 2)
+    return rounded(exact, dtype), exact
 
 
 def position(x, scale):
     """fma(scale, x, ½) in the dtype of x, and without rounding."""
-    exact = Fraction(float(x)) * Fraction(float(scale)) + Fraction(1, 2)
-    return rounded(exact, type(x)), exact
+    return _position(float(x), float(scale), type(x))
 
 
 def place(x, scale):

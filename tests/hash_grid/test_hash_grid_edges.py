@@ -42,6 +42,7 @@ def hard_points(rng, grid, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("kind", ["hash", "dense", "tiled"])
+@pytest.mark.thorough_if(implementation="xla", kind=["dense", "tiled"])
 def test_cells_are_those_of_one_rounding(kind, dtype, implementation, rng):
     """Whose number a table that counts its rows shows, exactly, also next to borders and beyond the range of int32."""
     grid = HashGrid(2, 6, 1, 9, 3, 1.7, "nearest", kind)
@@ -83,12 +84,12 @@ def test_fractions_of_large_positions(implementation, rng):
 @pytest.mark.thorough_if(implementation="xla", dtype=np.float64)
 def test_points_that_are_not_finite(dtype, implementation, rng):
     """NaN in their own rows, of value and gradient in x; nothing else hears of them. So if their position overflows."""
-    grid = HashGrid(3, 4, 2, 5, 4, 1.7, "smoothstep")
+    grid = HashGrid(2, 4, 2, 5, 4, 1.7, "smoothstep")
     d = problem(rng, grid, 12, dtype)
     most = float(np.finfo(dtype).max)
     x = np.array(d["x"])
     for point, bad in enumerate([np.nan, np.inf, -np.inf, most, -most, most / 8], start=2):
-        x[point, point % 3] = bad
+        x[point, point % 2] = bad
     x[9, 1] = most / 1e4  # in reach of all levels
     got = run(grid, d | {"x": jnp.asarray(x)}, implementation)
     want = expected(grid, d | {"x": x})
@@ -228,7 +229,7 @@ def test_max_level_under_transformations(implementation, rng):
 
 
 @pytest.mark.parametrize("lead", [(0,), (1,), (2, 3, 4), (0, 5), (2, 0), (1, 1, 7)], ids=str)
-@pytest.mark.thorough_if(implementation="xla", lead=[(1,), (2, 3, 4), (2, 0), (1, 1, 7)])
+@pytest.mark.thorough_if(implementation="xla", lead=[(0,), (1,), (2, 3, 4), (2, 0), (1, 1, 7)])
 def test_shapes(lead, implementation, rng):
     """Any leading axes, of any size; points that are not there leave no trace in the table's gradient."""
     grid = HashGrid(3, 3, 2, 5, 3, 1.5, "smoothstep")

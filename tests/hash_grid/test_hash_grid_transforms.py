@@ -77,6 +77,7 @@ def test_vmap(axes, out_axes, implementation, rng):
     helpers.assert_trees_close(got, want, 1e-10)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_what_is_shared_gets_the_sum(implementation, rng):
     """Of gradients of first and second order, along each axis that it does not have; it is not copied on the way."""
     x, table = points(rng, 2, 3, 5), tables(rng, 2)
@@ -136,6 +137,7 @@ CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jka.FFI_T
 
 
 @pytest.mark.parametrize("platforms", [None, ("cpu", "cuda")], ids=["this platform", "cpu and cuda"])
+@pytest.mark.thorough_if(platforms=[("cpu", "cuda")])
 def test_export_for_any_number_of_points(platforms, rng):
     if platforms and helpers.PLATFORM not in platforms:
         pytest.skip(f"the artifact for {platforms} does not run on {helpers.PLATFORM}")
