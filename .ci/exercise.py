@@ -46,6 +46,21 @@ def main() -> int:
         ours, reference = (jax.jit(jax.grad(twice), static_argnums=1)((w, m, d), i) for i in (None, "xla"))
         for a, b in zip(ours, reference, strict=True):
             worst = max(worst, float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)))
+    for interpolation in ("linear", "smoothstep"):
+        grid = jka.HashGrid(levels=6, log2_hashmap_size=10, per_level_scale=1.5, interpolation=interpolation)
+        x, c = (jnp.asarray(rng.random(s), jnp.float32) for s in ((700, 3), (700, grid.outputs)))
+
+        def bent(x, i, grid=grid):
+            def features(x):
+                return jka.hash_grid(x[0], x[1], grid, implementation=i)
+
+            slope = jax.grad(lambda p: (features((p, *x[1:])) * x[2]).sum())(x[0])
+            return jnp.square(slope).mean() + jnp.square(features(x)).mean()
+
+        x = (x, jnp.asarray(rng.random((grid.rows, grid.features)), jnp.float32), c)
+        ours, reference = (jax.jit(jax.grad(bent), static_argnums=1)(x, i) for i in (None, "xla"))
+        for a, b in zip(ours, reference, strict=True):
+            worst = max(worst, float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)))
     print("largest relative error", worst)
     return 0 if worst < 1e-3 else 1
 
