@@ -4,6 +4,8 @@
 #ifndef JKA_COMMON_DUAL_H_
 #define JKA_COMMON_DUAL_H_
 
+#include <type_traits>
+
 #include "common/numeric.h"
 
 namespace knn::KNN_ISA {
@@ -51,7 +53,11 @@ KNN_FN Dual<T> Cos(Dual<T> x) {
 // As N, a number that does not move.
 template <class N, class T>
 KNN_FN N Constant(T x) {
-  return N{x};
+  if constexpr (std::is_same_v<N, T>) {
+    return x;
+  } else {
+    return {x, T(0)};
+  }
 }
 
 // What a kernel returns of x: the tangent if there is one.

@@ -24,6 +24,7 @@ struct Grid {
   static constexpr int kCorners = 1 << D, kChunk = 32;
   static constexpr int64_t kPointsOfTask = 512;
   static constexpr bool kDual = !std::is_same_v<N, T>;
+  static constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();  // what belongs to a point that is not finite
 
   // Up to kChunk points, at one level.
   struct Chunk {
@@ -89,17 +90,10 @@ struct Grid {
       if (args.x_bar == nullptr) continue;
       for (int i = 0; i < chunk.n; ++i) {
         for (int d = 0; d < D; ++d) {
-          args.x_bar[(b * args.N + first + i) * D + d] = chunk.reaches[i] ? Result(x_bar[i][d]) : Beyond<false>(args);
+          args.x_bar[(b * args.N + first + i) * D + d] = chunk.reaches[i] ? Result(x_bar[i][d]) : kNaN;
         }
       }
     }
-  }
-
-  // What belongs to a point that is not finite: NaN, but derivatives along the table alone are 0.
-  template <bool kFeatures>
-  static KNN_FN T Beyond(const Args& args) {
-    const bool moves = !kDual || args.x.tangent.data != nullptr || (!kFeatures && args.ct.tangent.data != nullptr);
-    return moves ? std::numeric_limits<T>::quiet_NaN() : T(0);
   }
 
   static void AtLevel(const Args& args, int64_t entry, int l, int64_t first, Chunk& chunk, N (&x_bar)[kChunk][D]) {
@@ -113,7 +107,7 @@ struct Grid {
       const int64_t point = first + i, at = point * outputs + l * F;
       if (!chunk.reaches[i]) {
         if (args.y != nullptr) {
-          for (int k = 0; k < F; ++k) Narrow(Beyond<true>(args), args.y + entry * args.N * outputs + at + k);
+          for (int k = 0; k < F; ++k) Narrow(kNaN, args.y + entry * args.N * outputs + at + k);
         }
         continue;
       }

@@ -218,8 +218,7 @@ __global__ void __launch_bounds__(kThreads) Features(const __grid_constant__ Cal
   for (int l = begin; l < end; ++l) {
     const Level& level = grid.level[l];
     if (!point.reaches) {
-      const T beyond = std::is_same_v<N, T> || grid.x.tangent.data != nullptr ? NaN<T>() : T(0);
-      for (int k = 0; k < F; ++k) Store(beyond, grid.y, at + l * F + k, call.stored);
+      for (int k = 0; k < F; ++k) Store(NaN<T>(), grid.y, at + l * F + k, call.stored);
       continue;
     }
     uint32_t cell[D], row[1 << D];
@@ -284,10 +283,9 @@ __global__ void __launch_bounds__(kThreads)
       AddPositionBar<D>(sides, u, bar);
     }
   }
-  const bool moving = std::is_same_v<N, T> || grid.x.tangent.data != nullptr || ct_moves != nullptr;
   T* out = parts + ((work.group * Count(grid.batch) + work.b) * grid.N + work.i) * D;
 #pragma unroll
-  for (int d = 0; d < D; ++d) out[d] = point.reaches ? Result(bar[d]) : moving ? NaN<T>() : T(0);
+  for (int d = 0; d < D; ++d) out[d] = point.reaches ? Result(bar[d]) : NaN<T>();
 }
 
 template <class T>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def _product(sides: jax.Array, corner: tuple[int, ...]) -> jax.Array:
 def _locate(grid: HashGrid, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cell (N, levels, dim) as floats, place within it, and whether a point is finite and in reach of all cells."""
     dtype = x.dtype
-    scale = jnp.asarray(grid.scales, dtype)[None, :, None]
+    scale = _constant(grid.scales, dtype)[None, :, None]
     fixed = lax.stop_gradient(x)[:, None, :]
     finite = jnp.isfinite(fixed * jnp.abs(scale).max()).all((1, 2))
     inside = jnp.where(finite[:, None, None], fixed, jnp.zeros((), dtype))
@@ -89,6 +90,12 @@ def _locate(grid: HashGrid, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     # Its derivative is the scale, whatever the digits.
     moving = jnp.where(finite[:, None, None], x[:, None, :], jnp.zeros((), dtype))
     return cell, lax.stop_gradient(fraction) + scale * (moving - lax.stop_gradient(moving)), finite
+
+
+def _constant(values: np.ndarray, dtype: Any) -> jax.Array:
+    """From its elements: a whole array would be a constant beside the jaxpr, and custom_partitioning takes none."""
+    elements = values.astype(jnp.dtype(dtype)).ravel()
+    return jnp.concatenate([lax.full((1,), element) for element in elements]).reshape(values.shape)
 
 
 def _halves(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -111,8 +118,8 @@ def _rows(grid: HashGrid, cell: jax.Array) -> jax.Array:
     least, most = -(2**31), 2**31 - 1
     whole = jnp.where(cell >= 2.0**31, most, jnp.where(cell < -(2.0**31), least, cell.astype(jnp.int32)))
     lower = lax.bitcast_convert_type(whole.astype(jnp.int32), jnp.uint32)
-    counts, hashed = jnp.asarray(np.diff(grid.level_rows), jnp.uint32)[None], jnp.asarray(grid.hashed)[None]
-    strides = jnp.asarray(grid.strides, jnp.uint32)[None]
+    counts, hashed = _constant(np.diff(grid.level_rows), jnp.uint32)[None], _constant(grid.hashed, bool)[None]
+    strides = _constant(grid.strides, jnp.uint32)[None]
     rows = []
     for corner in _corner_bits(grid):
         numbers = [lower[..., d] + jnp.uint32(bit) for d, bit in enumerate(corner)]
@@ -123,11 +130,11 @@ def _rows(grid: HashGrid, cell: jax.Array) -> jax.Array:
             )
             number = jnp.where(hashed, mixed, number)
         rows.append(number % counts)
-    return jnp.stack(rows, axis=-1).astype(jnp.int32) + jnp.asarray(grid.level_rows[:-1], jnp.int32)[None, :, None]
+    return jnp.stack(rows, axis=-1).astype(jnp.int32) + _constant(grid.level_rows[:-1], jnp.int32)[None, :, None]
 
 
 def _nan_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
-    """(N,): 0 where finite; elsewhere NaN, and so are its derivatives in x, of every order."""
+    """(N,): 0 where finite; elsewhere NaN, as its derivatives in x are, of every order (exp may lose it on CPUs)."""
     zero = jnp.zeros((), x.dtype)
     bad = jnp.where(finite, zero, jnp.asarray(jnp.nan, x.dtype))[:, None]
-    return (jnp.exp(bad * jnp.where(finite[:, None], zero, x)) - 1).sum(-1)
+    return (1 / (1 + bad * jnp.where(finite[:, None], zero, x)) - 1).sum(-1)
