@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <new>
+#include <thread>
 #include <type_traits>
 
 #include "hash_grid/formulas.h"
@@ -168,7 +170,10 @@ struct Grid {
     } else {
       Slots& slots = *static_cast<Slots*>(scratch);
       int slot = 0;
-      while (slots.taken[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % SlotCount(args);
+      while (slots.taken[slot].exchange(true, std::memory_order_acquire)) {
+        slot = (slot + 1) % SlotCount(args);
+        if (slot == 0) std::this_thread::yield();
+      }
       double* sums = reinterpret_cast<double*>(static_cast<char*>(scratch) + 64) + slot * SlotSize(args);
       std::fill_n(sums, size, 0.0);
       AddPoints(args, c, static_cast<int>(task % args.levels), sums);
