@@ -23,24 +23,25 @@ namespace knn::KNN_ISA {
 // An input at one batch entry: element i as N, a number or dual number of the type that S widens to.
 template <class N, class S>
 class Row {
-  using T = decltype(Widen(S()));
+  using T = decltype(Widen(S(), Stored()));
 
  public:
-  KNN_FN Row(const Input<S>& input, const Batch& batch, int64_t b)
-      : value_(AtOrNull(input.value, batch, b)), tangent_(AtOrNull(input.tangent, batch, b)) {}
+  KNN_FN Row(const Input<S>& input, const Batch& batch, int64_t b, Stored stored = Stored::whole)
+      : value_(AtOrNull(input.value, batch, b)), tangent_(AtOrNull(input.tangent, batch, b)), stored_(stored) {}
 
   KNN_FN bool given() const { return value_ != nullptr; }
 
   KNN_FN N operator[](int64_t i) const {
     if constexpr (std::is_same_v<N, T>) {
-      return Widen(value_[i]);
+      return Widen(value_[i], stored_);
     } else {
-      return {Widen(value_[i]), tangent_ == nullptr ? T(0) : Widen(tangent_[i])};
+      return {Widen(value_[i], stored_), tangent_ == nullptr ? T(0) : Widen(tangent_[i], stored_)};
     }
   }
 
  private:
   const S *value_, *tangent_;
+  Stored stored_;
 };
 
 }  // namespace knn::KNN_ISA

@@ -48,6 +48,32 @@ struct Half {
   uint16_t bits;
 };
 
+// How features are stored: as what is computed in, or in 16 bits. Kernels that are told so at run time know either kind
+// of 16 bits by one type, since a copy for each would be much to compile for little.
+enum class Stored : int32_t { whole, bfloat16, half };
+struct Float16 {
+  uint16_t bits;
+};
+template <class S>
+inline constexpr Stored kStored = Stored::whole;
+template <>
+inline constexpr Stored kStored<BFloat16> = Stored::bfloat16;
+template <>
+inline constexpr Stored kStored<Half> = Stored::half;
+
+// The arguments of a kernel, which say it in `stored`, with that type for either kind.
+template <template <class, class> class Args, class T, class S>
+auto AnyHalf(const Args<T, S>& args) {
+  if constexpr (kStored<S> == Stored::whole) {
+    return args;
+  } else {
+    static_assert(sizeof(Args<T, S>) == sizeof(Args<T, Float16>));
+    Args<T, Float16> with;
+    std::memcpy(static_cast<void*>(&with), &args, sizeof with);
+    return with;
+  }
+}
+
 }  // namespace knn
 
 namespace knn::KNN_ISA {
@@ -155,6 +181,30 @@ KNN_FN void Narrow(float x, Half* out) {
   }
   out->bits = static_cast<uint16_t>(sign | half);
 #endif
+}
+
+// The same of what is stored as said.
+template <class S>
+KNN_FN auto Widen(S x, Stored /*stored*/) {
+  return Widen(x);
+}
+KNN_FN float Widen(Float16 x, Stored stored) {
+  return stored == Stored::bfloat16 ? Widen(BFloat16{x.bits}) : Widen(Half{x.bits});
+}
+template <class T, class S>
+KNN_FN void Narrow(T x, Stored /*stored*/, S* out) {
+  Narrow(x, out);
+}
+KNN_FN void Narrow(float x, Stored stored, Float16* out) {
+  if (stored == Stored::bfloat16) {
+    BFloat16 narrow;
+    Narrow(x, &narrow);
+    out->bits = narrow.bits;
+  } else {
+    Half narrow;
+    Narrow(x, &narrow);
+    out->bits = narrow.bits;
+  }
 }
 
 }  // namespace knn::KNN_ISA

@@ -103,13 +103,13 @@ struct Grid {
     const int F = args.features, outputs = args.levels * F;
     const T m = At(args.weights, args.batch, entry)[l];
     const Row<N, T> x(args.x, args.batch, entry);
-    const Row<N, S> table(args.table, args.batch, entry), ct(args.ct, args.batch, entry);
+    const Row<N, S> table(args.table, args.batch, entry, args.stored), ct(args.ct, args.batch, entry, args.stored);
     chunk.Find(level);
     for (int i = 0; i < chunk.n; ++i) {
       const int64_t point = first + i, at = point * outputs + l * F;
       if (!chunk.reaches[i]) {
         if (args.y != nullptr) {
-          for (int k = 0; k < F; ++k) Narrow(kNaN, args.y + entry * args.N * outputs + at + k);
+          for (int k = 0; k < F; ++k) Narrow(kNaN, args.stored, args.y + entry * args.N * outputs + at + k);
         }
         continue;
       }
@@ -122,7 +122,7 @@ struct Grid {
         for (int k = 0; k < F; ++k) {
           N sum = {};
           for (int b = 0; b < chunk.corners; ++b) sum = sum + weight[b] * table[row[b] + k];
-          Narrow(m * Result(sum), args.y + entry * args.N * outputs + at + k);
+          Narrow(m * Result(sum), args.stored, args.y + entry * args.N * outputs + at + k);
         }
       }
       if (args.x_bar != nullptr && chunk.corners > 1) {
@@ -177,7 +177,7 @@ struct Grid {
       double* sums = reinterpret_cast<double*>(static_cast<char*>(scratch) + 64) + slot * SlotSize(args);
       std::fill_n(sums, size, 0.0);
       AddPoints(args, c, static_cast<int>(task % args.levels), sums);
-      for (int64_t i = 0; i < size; ++i) Narrow(static_cast<T>(sums[i]), out + i);
+      for (int64_t i = 0; i < size; ++i) Narrow(static_cast<T>(sums[i]), args.stored, out + i);
       slots.taken[slot].store(false, std::memory_order_release);
     }
   }
@@ -192,7 +192,7 @@ struct Grid {
       const T m = At(args.weights, args.batch, entry)[l];
       const Row<T, T> places(args.x, args.batch, entry);
       const Row<N, T> x(args.x, args.batch, entry);
-      const Row<N, S> ct(args.ct, args.batch, entry);
+      const Row<N, S> ct(args.ct, args.batch, entry, args.stored);
       for (int64_t first = 0; first < args.N; first += kChunk) {
         Chunk chunk(args, places, first, args.N);
         chunk.Find(level);
@@ -232,7 +232,6 @@ CpuKernel<HashGrid<T, S>> HashGridKernel(const HashGrid<T, S>& args) {
 }
 template CpuKernel<HashGrid<float, float>> HashGridKernel(const HashGrid<float, float>&);
 template CpuKernel<HashGrid<double, double>> HashGridKernel(const HashGrid<double, double>&);
-template CpuKernel<HashGrid<float, BFloat16>> HashGridKernel(const HashGrid<float, BFloat16>&);
-template CpuKernel<HashGrid<float, Half>> HashGridKernel(const HashGrid<float, Half>&);
+template CpuKernel<HashGrid<float, Float16>> HashGridKernel(const HashGrid<float, Float16>&);
 
 }  // namespace knn::KNN_ISA

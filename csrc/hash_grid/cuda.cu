@@ -23,13 +23,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How a kernel sees the call.
-template <class T>
-struct Call {
-  HashGrid<T, T> grid;
-  Stored stored;
-};
-
 // Features: two at a time, or one where a level has one.
 template <class T>
 struct Pair {
@@ -159,27 +152,27 @@ __device__ __forceinline__ void Weigh(bool nearest, const Sides<N> (&sides)[D], 
 
 // The features of all corners, in pairs; zero but for the first where only that is wanted.
 template <class T, class N, int D>
-__device__ __forceinline__ void LoadCorners(const Call<T>& call, const T* table, const T* moves, int64_t first,
+__device__ __forceinline__ void LoadCorners(const HashGrid<T, T>& grid, const T* table, const T* moves, int64_t first,
                                             const uint32_t (&row)[1 << D], int k, N (&a)[1 << D], N (&b)[1 << D]) {
   constexpr int kCorners = 1 << D;
   constexpr bool kDual = !std::is_same_v<N, T>;
-  const int F = call.grid.features;
-  const bool single = F == 1, nearest = call.grid.interpolation == Interpolation::nearest;
+  const int F = grid.features;
+  const bool single = F == 1, nearest = grid.interpolation == Interpolation::nearest;
   RawPair<T> raw[kCorners] = {}, raw_moves[kDual ? kCorners : 1] = {};
 #pragma unroll
   for (int c = 0; c < kCorners; ++c) {
-    if (c == 0 || !nearest) raw[c] = Load(table, (first + row[c]) * F + k, call.stored, single);
+    if (c == 0 || !nearest) raw[c] = Load(table, (first + row[c]) * F + k, grid.stored, single);
   }
   if (kDual && moves != nullptr) {
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
-      if (c == 0 || !nearest) raw_moves[kDual ? c : 0] = Load(moves, (first + row[c]) * F + k, call.stored, single);
+      if (c == 0 || !nearest) raw_moves[kDual ? c : 0] = Load(moves, (first + row[c]) * F + k, grid.stored, single);
     }
   }
 #pragma unroll
   for (int c = 0; c < kCorners; ++c) {
-    const Pair<T> value = Converted<T>(raw[c], call.stored);
-    const Pair<T> tangent = Converted<T>(raw_moves[kDual ? c : 0], call.stored);
+    const Pair<T> value = Converted<T>(raw[c], grid.stored);
+    const Pair<T> tangent = Converted<T>(raw_moves[kDual ? c : 0], grid.stored);
     a[c] = Joined<N>(value.a, tangent.a);
     b[c] = Joined<N>(value.b, tangent.b);
   }
@@ -204,21 +197,21 @@ __device__ __forceinline__ Work WorkOf(const HashGrid<T, T>& grid, uint32_t bloc
 }
 
 template <class T, class N, int D>
-__global__ void __launch_bounds__(kThreads) Features(const __grid_constant__ Call<T> call, uint32_t blocks_of_group) {
-  const HashGrid<T, T>& grid = call.grid;
+__global__ void __launch_bounds__(kThreads)
+    Features(const __grid_constant__ HashGrid<T, T> grid, uint32_t blocks_of_group) {
   const Work work = WorkOf(grid, blocks_of_group);
   if (work.b < 0) return;
   const int F = grid.features, outputs = grid.levels * F;
   const int64_t at = (work.b * grid.N + work.i) * outputs;
   const Point<T, N, D> point(grid, work.b, work.i);
   const T* weights = At(grid.weights, grid.batch, work.b);
-  const T* table = FeaturesAt(grid.table.value, grid.batch, work.b, call.stored);
-  const T* moves = FeaturesAt(grid.table.tangent, grid.batch, work.b, call.stored);
+  const T* table = FeaturesAt(grid.table.value, grid.batch, work.b, grid.stored);
+  const T* moves = FeaturesAt(grid.table.tangent, grid.batch, work.b, grid.stored);
   const int begin = work.group * kLevelsOfThread, end = min(begin + kLevelsOfThread, grid.levels);
   for (int l = begin; l < end; ++l) {
     const Level& level = grid.level[l];
     if (!point.reaches) {
-      for (int k = 0; k < F; ++k) Store(NaN<T>(), grid.y, at + l * F + k, call.stored);
+      for (int k = 0; k < F; ++k) Store(NaN<T>(), grid.y, at + l * F + k, grid.stored);
       continue;
     }
     uint32_t cell[D], row[1 << D];
@@ -230,13 +223,13 @@ __global__ void __launch_bounds__(kThreads) Features(const __grid_constant__ Cal
     const T m = weights[l];
     for (int k = 0; k < F; k += 2) {
       N a[1 << D], b[1 << D], sum_a = {}, sum_b = {};
-      LoadCorners<T, N, D>(call, table, moves, level.first, row, k, a, b);
+      LoadCorners<T, N, D>(grid, table, moves, level.first, row, k, a, b);
 #pragma unroll
       for (int c = 0; c < 1 << D; ++c) {
         sum_a = sum_a + weight[c] * a[c];
         sum_b = sum_b + weight[c] * b[c];
       }
-      Store({m * Result(sum_a), m * Result(sum_b)}, grid.y, at + l * F + k, call.stored, F == 1);
+      Store({m * Result(sum_a), m * Result(sum_b)}, grid.y, at + l * F + k, grid.stored, F == 1);
     }
   }
 }
@@ -244,17 +237,16 @@ __global__ void __launch_bounds__(kThreads) Features(const __grid_constant__ Cal
 // What a group of levels adds to the gradient in x, in `parts` [groups, batch·N, D].
 template <class T, class N, int D>
 __global__ void __launch_bounds__(kThreads)
-    PositionBars(const __grid_constant__ Call<T> call, uint32_t blocks_of_group, T* parts) {
-  const HashGrid<T, T>& grid = call.grid;
+    PositionBars(const __grid_constant__ HashGrid<T, T> grid, uint32_t blocks_of_group, T* parts) {
   const Work work = WorkOf(grid, blocks_of_group);
   if (work.b < 0) return;
   const int F = grid.features, outputs = grid.levels * F;
   const Point<T, N, D> point(grid, work.b, work.i);
   const T* weights = At(grid.weights, grid.batch, work.b);
-  const T* table = FeaturesAt(grid.table.value, grid.batch, work.b, call.stored);
-  const T* moves = FeaturesAt(grid.table.tangent, grid.batch, work.b, call.stored);
-  const T* ct = FeaturesAt(grid.ct.value, grid.batch, work.b, call.stored);
-  const T* ct_moves = FeaturesAt(grid.ct.tangent, grid.batch, work.b, call.stored);
+  const T* table = FeaturesAt(grid.table.value, grid.batch, work.b, grid.stored);
+  const T* moves = FeaturesAt(grid.table.tangent, grid.batch, work.b, grid.stored);
+  const T* ct = FeaturesAt(grid.ct.value, grid.batch, work.b, grid.stored);
+  const T* ct_moves = FeaturesAt(grid.ct.tangent, grid.batch, work.b, grid.stored);
   const int begin = work.group * kLevelsOfThread, end = min(begin + kLevelsOfThread, grid.levels);
   N bar[D] = {};
   if (point.reaches && grid.interpolation != Interpolation::nearest) {
@@ -268,12 +260,12 @@ __global__ void __launch_bounds__(kThreads)
       N u[1 << D] = {};
       for (int k = 0; k < F; k += 2) {
         const int64_t at = work.i * outputs + l * F + k;
-        const Pair<T> c = Converted<T>(Load(ct, at, call.stored, F == 1), call.stored);
+        const Pair<T> c = Converted<T>(Load(ct, at, grid.stored, F == 1), grid.stored);
         Pair<T> dc = {};
-        if (ct_moves != nullptr) dc = Converted<T>(Load(ct_moves, at, call.stored, F == 1), call.stored);
+        if (ct_moves != nullptr) dc = Converted<T>(Load(ct_moves, at, grid.stored, F == 1), grid.stored);
         const N c_a = m * Joined<N>(c.a, dc.a), c_b = m * Joined<N>(c.b, dc.b);
         N a[1 << D], b[1 << D];
-        LoadCorners<T, N, D>(call, table, moves, level.first, row, k, a, b);
+        LoadCorners<T, N, D>(grid, table, moves, level.first, row, k, a, b);
 #pragma unroll
         for (int i = 0; i < 1 << D; ++i) {
           u[i] = u[i] + c_a * a[i];
@@ -337,9 +329,8 @@ struct Finder {
 constexpr int kRows = 8;  // of a block of Magnitudes, which is (kWarp, kRows)
 
 template <class T, bool kDual>
-__global__ void Magnitudes(const __grid_constant__ Call<T> call, const __grid_constant__ Finder<T> find, Sums sums,
-                           uint32_t blocks_of_table, Unit* units) {
-  const HashGrid<T, T>& grid = call.grid;
+__global__ void Magnitudes(const __grid_constant__ HashGrid<T, T> grid, const __grid_constant__ Finder<T> find,
+                           Sums sums, uint32_t blocks_of_table, Unit* units) {
   const uint32_t c = blockIdx.x / blocks_of_table, first = blockIdx.x - c * blocks_of_table;
   const int F = grid.features, outputs = grid.levels * F;
   __shared__ double most_of[kRows][kWarp];
@@ -350,8 +341,8 @@ __global__ void Magnitudes(const __grid_constant__ Call<T> call, const __grid_co
       int64_t b, i;
       find(c, p, &b, &i);
       const T m = At(grid.weights, grid.batch, b)[l];
-      const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, call.stored);
-      double bound = fabs(double{m * Converted<T>(Load(ct, i * outputs + j, call.stored, true), call.stored).a});
+      const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, grid.stored);
+      double bound = fabs(double{m * Converted<T>(Load(ct, i * outputs + j, grid.stored, true), grid.stored).a});
       if constexpr (kDual) {
         // |Ẇ_b| ≤ Σ_d |a s'(f_d) ẋ_d|, |s'| ≤ 3/2
         double speed = 0;
@@ -360,8 +351,8 @@ __global__ void Magnitudes(const __grid_constant__ Call<T> call, const __grid_co
             speed += 1.5 * fabs(double{grid.level[l].scale} * double{v[i * grid.dim + d]});
         }
         bound *= speed;
-        if (const T* v = FeaturesAt(grid.ct.tangent, grid.batch, b, call.stored); v != nullptr) {
-          bound += fabs(double{m * Converted<T>(Load(v, i * outputs + j, call.stored, true), call.stored).a});
+        if (const T* v = FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored); v != nullptr) {
+          bound += fabs(double{m * Converted<T>(Load(v, i * outputs + j, grid.stored, true), grid.stored).a});
         }
       }
       if (bound <= Precision<double>::kMost) most = fmax(most, bound);
@@ -380,10 +371,9 @@ __global__ void Magnitudes(const __grid_constant__ Call<T> call, const __grid_co
 // begins with the rows of unit `first_unit`. If `mark`, NaN is written instead where what would be added is not finite.
 template <class T, class N, int D>
 __global__ void __launch_bounds__(kThreads)
-    AddToTable(const __grid_constant__ Call<T> call, const __grid_constant__ Finder<T> find, Sums sums,
+    AddToTable(const __grid_constant__ HashGrid<T, T> grid, const __grid_constant__ Finder<T> find, Sums sums,
                uint32_t chunks_of_unit, int64_t first_unit, int64_t end_unit, bool mark, Unit* units,
                unsigned long long* sums_of) {
-  const HashGrid<T, T>& grid = call.grid;
   const int F = grid.features, outputs = grid.levels * F;
   const bool nearest = grid.interpolation == Interpolation::nearest;
   const int64_t first_row = first_unit / grid.levels * grid.rows + grid.level[first_unit % grid.levels].first;
@@ -409,17 +399,17 @@ __global__ void __launch_bounds__(kThreads)
     Weigh<T>(nearest, sides, weight);
     const int64_t at = i * outputs + l * F + k;
     const T m = At(grid.weights, grid.batch, b)[l];
-    const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, call.stored);
-    const T* ct_moves = std::is_same_v<N, T> ? nullptr : FeaturesAt(grid.ct.tangent, grid.batch, b, call.stored);
-    const T value = Converted<T>(Load(ct, at, call.stored, true), call.stored).a;
-    const T tangent = ct_moves == nullptr ? T(0) : Converted<T>(Load(ct_moves, at, call.stored, true), call.stored).a;
+    const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, grid.stored);
+    const T* ct_moves = std::is_same_v<N, T> ? nullptr : FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored);
+    const T value = Converted<T>(Load(ct, at, grid.stored, true), grid.stored).a;
+    const T tangent = ct_moves == nullptr ? T(0) : Converted<T>(Load(ct_moves, at, grid.stored, true), grid.stored).a;
     const N bar = m * Joined<N>(value, tangent);
     if (mark) {
 #pragma unroll
       for (int s = 0; s < 1 << D; ++s) {
         const int64_t entry = (int64_t{c} * grid.rows + level.first + row[s]) * F + k;
         const bool finite = fabs(Result(weight[s] * bar)) <= Precision<T>::kMost;
-        if (adds && !finite && (s == 0 || !nearest)) Store(NaN<T>(), grid.table_bar, entry, call.stored);
+        if (adds && !finite && (s == 0 || !nearest)) Store(NaN<T>(), grid.table_bar, entry, grid.stored);
       }
       continue;
     }
@@ -459,9 +449,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // Sums of the units from first_unit on to floats; if `reset`, 0 is left for the next ones.
 template <class T>
-__global__ void __launch_bounds__(kThreads) Round(const __grid_constant__ Call<T> call, Sums sums, int64_t first_unit,
-                                                  bool reset, const Unit* units, long long* sums_of) {
-  const HashGrid<T, T>& grid = call.grid;
+__global__ void __launch_bounds__(kThreads)
+    Round(const __grid_constant__ HashGrid<T, T> grid, Sums sums, int64_t first_unit, bool reset, const Unit* units,
+          long long* sums_of) {
   const int64_t unit = first_unit + blockIdx.y, c = unit / grid.levels;
   const Level& level = grid.level[unit % grid.levels];
   const int64_t first = (c * grid.rows + level.first) * grid.features;
@@ -474,7 +464,7 @@ __global__ void __launch_bounds__(kThreads) Round(const __grid_constant__ Call<T
     long long* limb = sums_of + (first - before + i) * kLimbs<T>;
     double sum = static_cast<double>(limb[0]);
     if constexpr (kLimbs<T> == 2) sum += static_cast<double>(limb[1]) * Power(-sums.low_bits);
-    Store(static_cast<T>(sum * step), grid.table_bar, first + i, call.stored);
+    Store(static_cast<T>(sum * step), grid.table_bar, first + i, grid.stored);
     if (reset) {
       for (int n = 0; n < kLimbs<T>; ++n) limb[n] = 0;
     }
@@ -487,14 +477,13 @@ int CeilLog2(double x) {
 }
 
 template <class T, class N, int D>
-cudaError_t AddAll(const Call<T>& call, Unit* units, int64_t bytes, cudaStream_t stream) {
-  const HashGrid<T, T>& grid = call.grid;
+cudaError_t AddAll(const HashGrid<T, T>& grid, Unit* units, int64_t bytes, cudaStream_t stream) {
   const int64_t tables = Count(grid.table_batch), count = tables * grid.levels;
   if (tables * grid.rows == 0) return cudaSuccess;
   const Finder<T> find = {Split(grid.batch, grid.table_batch), static_cast<uint32_t>(Max(1, grid.N))};
   Sums sums = {};
   sums.points = Count(grid.batch) * grid.N / tables;
-  const size_t feature_bytes = call.stored == Stored::whole ? sizeof(T) : 2;
+  const size_t feature_bytes = grid.stored == Stored::whole ? sizeof(T) : 2;
   if (sums.points == 0) {
     return cudaMemsetAsync(grid.table_bar, 0, tables * grid.rows * grid.features * feature_bytes, stream);
   }
@@ -508,7 +497,7 @@ cudaError_t AddAll(const Call<T>& call, Unit* units, int64_t bytes, cudaStream_t
   if (error != cudaSuccess) return error;
   const uint32_t blocks_of_table = static_cast<uint32_t>(Min(CeilDiv(sums.points, 4 * kRows), CeilDiv(1024, tables)));
   Magnitudes<T, !std::is_same_v<N, T>>
-      <<<static_cast<unsigned>(tables * blocks_of_table), dim3(kWarp, kRows), 0, stream>>>(call, find, sums,
+      <<<static_cast<unsigned>(tables * blocks_of_table), dim3(kWarp, kRows), 0, stream>>>(grid, find, sums,
                                                                                            blocks_of_table, units);
 
   const int64_t chunks_of_unit = CeilDiv(sums.points * grid.features, kThreads);
@@ -527,31 +516,30 @@ cudaError_t AddAll(const Call<T>& call, Unit* units, int64_t bytes, cudaStream_t
       if (error = cudaMemsetAsync(sums_of, 0, room, stream); error != cudaSuccess) return error;
     }
     AddToTable<T, N, D><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        call, find, sums, static_cast<uint32_t>(chunks_of_unit), begin, end, false, units, sums_of);
+        grid, find, sums, static_cast<uint32_t>(chunks_of_unit), begin, end, false, units, sums_of);
     const dim3 grid_of_rounding(static_cast<unsigned>(CeilDiv(most * grid.features, 4 * kThreads)),
                                 static_cast<unsigned>(end - begin));
-    Round<T><<<grid_of_rounding, kThreads, 0, stream>>>(call, sums, begin, end < count, units,
+    Round<T><<<grid_of_rounding, kThreads, 0, stream>>>(grid, sums, begin, end < count, units,
                                                         reinterpret_cast<long long*>(sums_of));
   }
   AddToTable<T, N, D><<<static_cast<unsigned>(Min(count * chunks_of_unit, 256)), kThreads, 0, stream>>>(
-      call, find, sums, static_cast<uint32_t>(chunks_of_unit), 0, count, true, units, nullptr);
+      grid, find, sums, static_cast<uint32_t>(chunks_of_unit), 0, count, true, units, nullptr);
   return cudaGetLastError();
 }
 
 template <class T, class N, int D>
-cudaError_t Launch(const Call<T>& call, T* parts, void* scratch, int64_t bytes, cudaStream_t stream) {
-  const HashGrid<T, T>& grid = call.grid;
+cudaError_t Launch(const HashGrid<T, T>& grid, T* parts, void* scratch, int64_t bytes, cudaStream_t stream) {
   const int64_t points = Count(grid.batch) * grid.N, blocks = CeilDiv(points, kThreads);
   const int64_t groups = CeilDiv(grid.levels, kLevelsOfThread), size = points * D;
   if (cudaError_t error = CheckGrid(blocks * groups); error != cudaSuccess) return error;
   if (points > 0 && grid.y != nullptr) {
     Features<T, N, D>
-        <<<static_cast<unsigned>(blocks * groups), kThreads, 0, stream>>>(call, static_cast<uint32_t>(blocks));
+        <<<static_cast<unsigned>(blocks * groups), kThreads, 0, stream>>>(grid, static_cast<uint32_t>(blocks));
   }
   if (points > 0 && grid.x_bar != nullptr) {
     if (groups == 1) parts = grid.x_bar;
     PositionBars<T, N, D>
-        <<<static_cast<unsigned>(blocks * groups), kThreads, 0, stream>>>(call, static_cast<uint32_t>(blocks), parts);
+        <<<static_cast<unsigned>(blocks * groups), kThreads, 0, stream>>>(grid, static_cast<uint32_t>(blocks), parts);
     if (groups > 1) {
       SumGroups<<<static_cast<unsigned>(CeilDiv(size, kThreads)), kThreads, 0, stream>>>(size, static_cast<int>(groups),
                                                                                          parts, grid.x_bar);
@@ -559,7 +547,7 @@ cudaError_t Launch(const Call<T>& call, T* parts, void* scratch, int64_t bytes, 
   }
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   if (grid.table_bar == nullptr) return cudaSuccess;
-  return AddAll<T, N, D>(call, static_cast<Unit*>(scratch), bytes, stream);
+  return AddAll<T, N, D>(grid, static_cast<Unit*>(scratch), bytes, stream);
 }
 
 }  // namespace
@@ -568,20 +556,18 @@ cudaError_t Launch(const Call<T>& call, T* parts, void* scratch, int64_t bytes, 
 namespace knn {
 
 template <class T>
-cudaError_t LaunchHashGrid(const HashGrid<T, T>& args, Stored stored, T* parts, void* scratch, int64_t bytes,
-                           cudaStream_t stream) {
+cudaError_t LaunchHashGrid(const HashGrid<T, T>& args, T* parts, void* scratch, int64_t bytes, cudaStream_t stream) {
   using namespace KNN_ISA;
-  const Call<T> call = {args, stored};
   const auto launch = [&](auto dim) {
     constexpr int D = decltype(dim)::value;
-    return HasTangents(args) ? Launch<T, Dual<T>, D>(call, parts, scratch, bytes, stream)
-                             : Launch<T, T, D>(call, parts, scratch, bytes, stream);
+    return HasTangents(args) ? Launch<T, Dual<T>, D>(args, parts, scratch, bytes, stream)
+                             : Launch<T, T, D>(args, parts, scratch, bytes, stream);
   };
   return args.dim == 2   ? launch(std::integral_constant<int, 2>())
          : args.dim == 3 ? launch(std::integral_constant<int, 3>())
                          : launch(std::integral_constant<int, 4>());
 }
-template cudaError_t LaunchHashGrid(const HashGrid<float, float>&, Stored, float*, void*, int64_t, cudaStream_t);
-template cudaError_t LaunchHashGrid(const HashGrid<double, double>&, Stored, double*, void*, int64_t, cudaStream_t);
+template cudaError_t LaunchHashGrid(const HashGrid<float, float>&, float*, void*, int64_t, cudaStream_t);
+template cudaError_t LaunchHashGrid(const HashGrid<double, double>&, double*, void*, int64_t, cudaStream_t);
 
 }  // namespace knn

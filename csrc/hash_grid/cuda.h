@@ -7,15 +7,11 @@
 
 namespace knn {
 
-// How the table, and features with it, are stored: as what is computed in, or in 16 bits.
-enum class Stored : int32_t { whole, bfloat16, half };
-
-// Where it is not T, what has the type of features is of the type that `stored` says. Scratch: parts of the gradient in
+// What has the type of features is stored as args.stored says. Scratch: parts of the gradient in
 // x, [groups of levels, batch, N, dim], where there are several groups; and `bytes` for sums and what is known of
 // units, if the table's gradient is wanted.
 template <class T>
-cudaError_t LaunchHashGrid(const HashGrid<T, T>& args, Stored stored, T* parts, void* scratch, int64_t bytes,
-                           cudaStream_t stream);
+cudaError_t LaunchHashGrid(const HashGrid<T, T>& args, T* parts, void* scratch, int64_t bytes, cudaStream_t stream);
 
 }  // namespace knn
 

@@ -32,6 +32,7 @@ HashGrid<T, S> Read(Reader& in, int64_t given, int64_t want, const Layout& layou
   g.dim = static_cast<int>(in.Size(0, 1));
   g.levels = static_cast<int>(levels);
   g.features = layout.features;
+  g.stored = kStored<S>;
   g.interpolation = static_cast<Interpolation>(layout.interpolation);
   if (g.dim < 2 || g.dim > kMaxDim || levels < 1 || levels > kMaxGridLevels ||
       static_cast<int64_t>(layout.strides.size()) != levels * g.dim ||
@@ -80,8 +81,8 @@ ffi::Future Cpu(ffi::ThreadPool pool, int64_t given, int64_t want, int32_t featu
                 ffi::Span<const int32_t> hashed, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, /*first_core_ndim=*/2);
   return WithTypes(in, [&](auto t, auto s) {
-    const auto grid =
-        Read<decltype(t), decltype(s)>(in, given, want, {features, interpolation, scales, level_rows, strides, hashed});
+    const auto grid = AnyHalf(Read<decltype(t), decltype(s)>(
+        in, given, want, {features, interpolation, scales, level_rows, strides, hashed}));
     return RunCpu(pool, in, KNN_BEST(HashGridKernel(grid)), grid);
   });
 }
@@ -116,14 +117,10 @@ ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t featur
         in.RetIf<T>(Bit(want, 0) && groups > 1, Batch{}, {groups, KNN_ISA::Count(read.batch) * read.N, read.dim});
     const int64_t bytes = in.NextRetSize();
     uint8_t* scratch = in.RetIf<uint8_t>(Bit(want, 1), Batch{}, {bytes});
-    // Kernels know how features are stored at run time.
     static_assert(sizeof(HashGrid<T, S>) == sizeof(HashGrid<T, T>));
     HashGrid<T, T> grid;
     std::memcpy(&grid, &read, sizeof grid);
-    const Stored stored = std::is_same_v<S, BFloat16> ? Stored::bfloat16
-                          : std::is_same_v<S, Half>   ? Stored::half
-                                                      : Stored::whole;
-    return RunCuda(in, [&] { return LaunchHashGrid(grid, stored, parts, scratch, bytes, stream); });
+    return RunCuda(in, [&] { return LaunchHashGrid(grid, parts, scratch, bytes, stream); });
   });
 }
 

@@ -32,6 +32,7 @@ struct HashGrid {
   int dim, levels, features;
   uint32_t rows;
   Interpolation interpolation;
+  Stored stored;     // the table, and features with it
   float most_scale;  // of the greatest magnitude
   Level level[kMaxGridLevels];
 

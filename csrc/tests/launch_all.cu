@@ -126,7 +126,7 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   invert.offsets = Allocate<int32_t>(sets * (P + 1));
   Check(LaunchInvert(invert, Allocate<uint8_t>(sort_bytes), sort_bytes, nullptr), "invert");
 
-  Aggregate<T, TF> all = {batch, Q, P, F, K, search.q, search.p, Random<TF>(B, P * F, shared)};
+  Aggregate<T, TF> all = {batch, Q, P, F, K, kStored<TF>, search.q, search.p, Random<TF>(B, P * F, shared)};
   all.sigma = Random<T>(B, P * sigma, shared);
   if (aniso) all.R = search.R;
   all.idxs = {search.idxs, {Q * K}};
@@ -226,6 +226,7 @@ void ExerciseHashGrid(int dim, int features, Interpolation interpolation, Stored
   grid.batch = {1, {B}};
   grid.table_batch = {1, {shared ? 1 : B}};
   grid.N = N, grid.dim = dim, grid.levels = 5, grid.features = features, grid.interpolation = interpolation;
+  grid.stored = stored;
   for (int l = 0; l < grid.levels; ++l) {
     Level& level = grid.level[l];
     level.scale = 3.0f * static_cast<float>(l + 1);
@@ -252,8 +253,7 @@ void ExerciseHashGrid(int dim, int features, Interpolation interpolation, Stored
     grid.y = reinterpret_cast<T*>(Allocate<char>(B * N * outputs * width));
     grid.x_bar = Allocate<T>(B * N * dim);
     grid.table_bar = reinterpret_cast<T*>(Allocate<char>((shared ? 1 : B) * table * width));
-    Check(LaunchHashGrid(grid, stored, Allocate<T>(2 * B * N * dim), Allocate<char>(bytes), bytes, nullptr),
-          "hash grid");
+    Check(LaunchHashGrid(grid, Allocate<T>(2 * B * N * dim), Allocate<char>(bytes), bytes, nullptr), "hash grid");
     Check(cudaDeviceSynchronize(), "synchronize");
   }
   Free();

@@ -16,6 +16,7 @@ template <class T, class TF>
 struct Aggregate {
   Batch batch;
   int64_t Q, P, F, K;
+  Stored stored;  // features
 
   Operand<const T> q;           // [Q, 3]
   Operand<const T> p;           // [P, 3]

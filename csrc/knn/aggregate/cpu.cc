@@ -26,29 +26,37 @@ void Store3(Vec3<T> a, T* out) {
 }
 
 template <class T, class TF>
-KNN_FN Vec<T> LoadWide(const TF* a) {
+KNN_FN Vec<T> LoadWide(const TF* a, Stored stored) {
   if constexpr (sizeof(T) == sizeof(TF)) {
     return Vec<T>::Load(a);
   } else {
     T wide[Vec<T>::kLanes];
-    for (int l = 0; l < Vec<T>::kLanes; ++l) wide[l] = Widen(a[l]);
+    if (stored == Stored::bfloat16) {
+      for (int l = 0; l < Vec<T>::kLanes; ++l) wide[l] = Widen(BFloat16{a[l].bits});
+    } else {
+      for (int l = 0; l < Vec<T>::kLanes; ++l) wide[l] = Widen(Half{a[l].bits});
+    }
     return Vec<T>::Load(wide);
   }
 }
 
 // ⟨a, b⟩.
 template <class T, class TF>
-KNN_FN T DotRows(const TF* a, const TF* b, int64_t n) {
+KNN_FN T DotRows(const TF* a, const TF* b, int64_t n, Stored stored) {
   using V = Vec<T>;
   V sums[2] = {V::Broadcast(0), V::Broadcast(0)};
   int64_t i = 0;
   for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
-    sums[0] = Fma(LoadWide<T>(a + i), LoadWide<T>(b + i), sums[0]);
-    sums[1] = Fma(LoadWide<T>(a + i + V::kLanes), LoadWide<T>(b + i + V::kLanes), sums[1]);
+    for (int s = 0; s < 2; ++s) {
+      const int64_t at = i + s * V::kLanes;
+      sums[s] = Fma(LoadWide<T>(a + at, stored), LoadWide<T>(b + at, stored), sums[s]);
+    }
   }
-  for (; i + V::kLanes <= n; i += V::kLanes) sums[0] = Fma(LoadWide<T>(a + i), LoadWide<T>(b + i), sums[0]);
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    sums[0] = Fma(LoadWide<T>(a + i, stored), LoadWide<T>(b + i, stored), sums[0]);
+  }
   T sum = Sum(sums[0] + sums[1]);
-  for (; i < n; ++i) sum = Fma(Widen(a[i]), Widen(b[i]), sum);
+  for (; i < n; ++i) sum = Fma(Widen(a[i], stored), Widen(b[i], stored), sum);
   return sum;
 }
 
@@ -85,7 +93,7 @@ class RowSum {
  public:
   static constexpr int64_t kFeatures = kVectors * V::kLanes;
 
-  RowSum(int64_t F, int64_t begin) : short_(F < V::kLanes ? F : 0) {
+  RowSum(int64_t F, int64_t begin, Stored stored) : short_(F < V::kLanes ? F : 0), stored_(stored) {
     for (int v = 0; v < kVectors; ++v) {
       // Vectors that would end behind the row are moved to end with it, and compute some sums twice, alike.
       start_[v] = short_ > 0 ? 0 : Min(begin + v * V::kLanes, F - V::kLanes);
@@ -96,7 +104,8 @@ class RowSum {
   void Add(const Rows<T, TF>& rows) {
     if (short_ > 0) {
       for (int64_t r = 0; r < rows.n; ++r) {
-        for (int l = 0; l < short_; ++l) sum_[0].v[l] = Fma(rows.factor[r], Widen(rows.row[r][l]), sum_[0].v[l]);
+        for (int l = 0; l < short_; ++l)
+          sum_[0].v[l] = Fma(rows.factor[r], Widen(rows.row[r][l], stored_), sum_[0].v[l]);
       }
       return;
     }
@@ -104,7 +113,7 @@ class RowSum {
     for (int v = 0; v < kVectors; ++v) sum[v] = sum_[v];
     for (int64_t r = 0; r < rows.n; ++r) {
       const V factor = V::Broadcast(rows.factor[r]);
-      for (int v = 0; v < kVectors; ++v) sum[v] = Fma(factor, LoadWide<T>(rows.row[r] + start_[v]), sum[v]);
+      for (int v = 0; v < kVectors; ++v) sum[v] = Fma(factor, LoadWide<T>(rows.row[r] + start_[v], stored_), sum[v]);
     }
     for (int v = 0; v < kVectors; ++v) sum_[v] = sum[v];
   }
@@ -114,13 +123,14 @@ class RowSum {
       if (sizeof(T) == sizeof(TF) && short_ == 0) {
         std::memcpy(row + start_[v], &sum_[v], sizeof sum_[v]);
       } else {
-        for (int l = 0; l < (short_ > 0 ? short_ : V::kLanes); ++l) Narrow(sum_[v].v[l], row + start_[v] + l);
+        for (int l = 0; l < (short_ > 0 ? short_ : V::kLanes); ++l) Narrow(sum_[v].v[l], stored_, row + start_[v] + l);
       }
     }
   }
 
  private:
   int short_;  // the row's length if it is shorter than a vector, else 0
+  Stored stored_;
   int64_t start_[kVectors];
   V sum_[kVectors];
 };
@@ -363,11 +373,12 @@ struct Aggregator {
       const int64_t j = block.point[n];
       if (j < 0) continue;
       const TF *g = queries.ct_f + i * args.F, *f = points.f + j * args.F;
-      block.b[n] = DotRows<T>(g, f, args.F);
+      block.b[n] = DotRows<T>(g, f, args.F, args.stored);
       if (kTangents && points.v_f != nullptr) {
-        block.a[n] = DotRows<T>(g, points.v_f + j * args.F, args.F) + (kMoving ? block.a[n] : 0);
+        block.a[n] = DotRows<T>(g, points.v_f + j * args.F, args.F, args.stored) + (kMoving ? block.a[n] : 0);
       }
-      if (kMoving && queries.v_ct_f != nullptr) block.a[n] += DotRows<T>(queries.v_ct_f + i * args.F, f, args.F);
+      if (kMoving && queries.v_ct_f != nullptr)
+        block.a[n] += DotRows<T>(queries.v_ct_f + i * args.F, f, args.F, args.stored);
     }
   }
 
@@ -463,7 +474,7 @@ struct Aggregator {
       for (int64_t i = first; i < last; ++i) {
         Vec3<T> q_bar = {0, 0, 0};
         for (int64_t window = 0; window == 0 || window < F; window += RowSum<T, TF>::kFeatures) {
-          RowSum<T, TF> sum(F, window);
+          RowSum<T, TF> sum(F, window, args.stored);
           for (int64_t k = 0; k < K; k += kBlock) {
             const int64_t of_query = Min(kBlock, K - k);
             if (K > kBlock || (window == 0 && i == first)) {
@@ -580,7 +591,7 @@ struct Aggregator {
     Vec3<V> d_bar = {};
     const int64_t F = args.f_bar == nullptr ? 0 : args.F;
     for (int64_t window = 0; window == 0 || window < F; window += RowSum<T, TF>::kFeatures) {
-      RowSum<T, TF> sum(F, window);
+      RowSum<T, TF> sum(F, window, args.stored);
       for (int64_t block = begin; block < end; block += kBlock) {
         if (window == 0 || end - begin > kBlock) {  // else others still holds them all
           Gather(args, points, order, block, Min(block + kBlock, end), end, j, cursor, others);
@@ -630,13 +641,15 @@ CpuKernel<Aggregate<T, TF>> OfRole(AggregateRole role) {
 }  // namespace
 
 template <class T, class TF>
-CpuKernel<Aggregate<T, TF>> AggregateKernel(MetricKind metric, AggregateRole role) {
+CpuKernel<Aggregate<T, TF>> AggregateKernel(MetricKind metric, AggregateRole role, const Aggregate<T, TF>&) {
   return metric == MetricKind::kAnisotropic ? OfRole<T, TF, Anisotropic>(role) : OfRole<T, TF, Isotropic>(role);
 }
 
-template CpuKernel<Aggregate<float, float>> AggregateKernel<float, float>(MetricKind, AggregateRole);
-template CpuKernel<Aggregate<double, double>> AggregateKernel<double, double>(MetricKind, AggregateRole);
-template CpuKernel<Aggregate<float, BFloat16>> AggregateKernel<float, BFloat16>(MetricKind, AggregateRole);
-template CpuKernel<Aggregate<float, Half>> AggregateKernel<float, Half>(MetricKind, AggregateRole);
+#define KNN_INSTANTIATE(T, TF) \
+  template CpuKernel<Aggregate<T, TF>> AggregateKernel(MetricKind, AggregateRole, const Aggregate<T, TF>&);
+KNN_INSTANTIATE(float, float)
+KNN_INSTANTIATE(double, double)
+KNN_INSTANTIATE(float, Float16)
+#undef KNN_INSTANTIATE
 
 }  // namespace knn::KNN_ISA

@@ -6,10 +6,10 @@
 
 namespace knn {
 
-#define KNN_DECLARE(isa)                                                              \
-  namespace isa {                                                                     \
-  template <class T, class TF>                                                        \
-  CpuKernel<Aggregate<T, TF>> AggregateKernel(MetricKind metric, AggregateRole role); \
+#define KNN_DECLARE(isa)                                                                                            \
+  namespace isa {                                                                                                   \
+  template <class T, class TF>                                                                                      \
+  CpuKernel<Aggregate<T, TF>> AggregateKernel(MetricKind metric, AggregateRole role, const Aggregate<T, TF>& args); \
   }
 KNN_FOR_EACH_ISA(KNN_DECLARE)
 #undef KNN_DECLARE

@@ -39,6 +39,7 @@ Aggregate<T, TF> Read(Reader& in, MetricKind metric, Role role, const Masks& mas
   a.P = in.Size(1, 0);
   a.F = in.Size(2, 1);
   a.K = in.Size(num_x, 1);
+  a.stored = kStored<TF>;
   a.q = in.Arg<T>({a.Q, 3});
   a.p = in.Arg<T>({a.P, 3});
   a.f = in.Arg<TF>({a.P, a.F});
@@ -105,8 +106,8 @@ ffi::Future Cpu(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRe
   return WithTypes(in, [&](auto t, auto tf) {
     using T = decltype(t);
     using TF = decltype(tf);
-    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks, /*cuda=*/false);
-    return RunCpu(pool, in, KNN_BEST(AggregateKernel<T, TF>(metric, role)), aggregate);
+    const auto aggregate = AnyHalf(Read<T, TF>(in, metric, role, masks, /*cuda=*/false));
+    return RunCpu(pool, in, KNN_BEST(AggregateKernel(metric, role, aggregate)), aggregate);
   });
 }
 
