@@ -180,6 +180,7 @@ def test_kernels_that_run(rng):
 
 
 @pytest.mark.parametrize("mapped", [(0,), (1,), (2,), (3,), (0, 1), (2, 3), (0, 1, 2, 3)])
+@pytest.mark.thorough_if(cpu_implementation="xla", mapped=[(1,), (2,), (3,), (0, 1), (2, 3)])
 def test_vmap(cpu_implementation, rng, mapped):
     """Values and gradients, where operands that are not mapped are shared and their gradients sums."""
     many, one = [(*x, k) for x, k in (inputs(rng, 3), inputs(rng))]
@@ -196,6 +197,7 @@ def test_vmap(cpu_implementation, rng, mapped):
     agree(both(op_of(cpu_implementation)), both(formula))
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_nested_vmap_of_second_order(cpu_implementation, rng):
     """a over one axis, x and k over two at other places, one table: kernels get two merged axes and copy nothing."""
     a, table = like(rng, jnp.zeros(2)), like(rng, jnp.zeros(5))

@@ -74,6 +74,7 @@ def test_aggregate(sizes, kernels, rng):
 
 
 @pytest.mark.parametrize("sizes", some_empty({**MAPPED, "Q": 3}))
+@pytest.mark.thorough_if(implementation="xla")
 def test_search(sizes, implementation, rng):
     S, T, B, Q = sizes.values()
     P, K = 5, 2
@@ -93,6 +94,7 @@ def test_search(sizes, implementation, rng):
 
 @pytest.mark.parametrize("name, shared", [("dense", False), ("flat", False), ("dense", True), ("flat", True)])
 @pytest.mark.parametrize("sizes", some_empty(RAYS))
+@pytest.mark.thorough_if(shared=True)
 def test_distortion(sizes, name, shared, kernels, rng):
     S, T, B, R, N = sizes.values()
     w, interval = (jnp.asarray(rng.random((B, S, n))) for n in (R * N, 1 if shared else R * N))

@@ -156,6 +156,7 @@ def test_symbolic_scenes_and_queries(name, rng, kernels, cuda_kernels):
     assert "top_k" not in str(exported.mlir_module()), "a part of the artifact searches by the reference"
 
 
+@pytest.mark.thorough_if()
 def test_symbolic_scenes_and_queries_of_the_reference(rng):
     """So on a platform without kernels, in more than one chunk of queries."""
 

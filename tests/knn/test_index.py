@@ -127,6 +127,8 @@ def assert_same(metric, q, p, m, got, want, what):
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(dtype=np.float64, P=[64, 131, 300])
 @pytest.mark.thorough_if(dtype=np.float64, K=48)
+@pytest.mark.thorough_if(dtype=np.float64)
+@pytest.mark.thorough_if(metric="iso", P=[64, 131, 300])
 def test_every_cloud(metric, dtype, P, K, kernels, rng):
     """Kernels in every way give bit for bit the same neighbours, and those of the reference but for rounding."""
     Q = 200

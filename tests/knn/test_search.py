@@ -43,6 +43,7 @@ def test_against_oracle(metric, size, dtype, implementation, rng):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(metric="aniso")
 def test_implementations_agree(metric, kernels, rng):
     for dtype in (np.float32, np.float64):
         x = helpers.cloud(rng, metric, 70, 300, 0, dtype=dtype)
@@ -151,6 +152,7 @@ def test_knn_table(implementation, rng):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(metric="iso")
+@pytest.mark.thorough_if(metric="aniso")
 def test_reference_in_chunks(metric, rng, monkeypatch):
     x = helpers.cloud(rng, metric, 23, 30, 0, batch=(2,), dtype=np.float32)
     want = helpers.jitted_search(metric, 7, "xla")(x)

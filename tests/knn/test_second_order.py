@@ -53,6 +53,7 @@ def test_all_at_once_and_one_at_a_time(metric, implementation, problem):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla", metric="iso")
+@pytest.mark.thorough_if(implementation="xla")
 def test_moving_cotangents(metric, implementation, problem, rng):
     """Forward over reverse along arguments and cotangents, all and one at a time, for all gradients and one."""
     x, idxs, ct, v = problem(metric, F=5)
@@ -220,6 +221,7 @@ THIRD = {
 
 @pytest.mark.parametrize("metric, name", list(zip(("aniso", "aniso", "iso"), THIRD, strict=True)))
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(metric="aniso", name="forward over an Eikonal gradient")
 def test_third_order(metric, name, implementation, problem):
     x, idxs, _, _ = problem(metric, Q=3, P=5, F=2, K=3)
     every = range(len(x))

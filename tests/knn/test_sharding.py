@@ -49,6 +49,7 @@ def single(name, implementation, x):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.thorough_if(cpu_implementation="xla", check_vma=False)
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_sharded_queries_replicated_points(check_vma, cpu_implementation, mesh, rng):
     x = problem(rng)
     specs = (S("shard"), S(), S(), S(), S())
@@ -229,6 +230,7 @@ def test_jit(layout, path, grid, rng):
         assert a.sharding.is_equivalent_to(NamedSharding(grid, s), a.ndim)
 
 
+@pytest.mark.thorough_if(grid=AxisType.Explicit)
 def test_jit_forward_mode_and_third_order(grid, rng):
     """The primitives that a reverse-mode step does not have: jvp, vjp_jvp, and the reference's own derivatives."""
     x, v = (problem(rng) for _ in range(2))
@@ -270,7 +272,7 @@ def test_third_order_outside_jit(cpu_devices, rng):
             helpers.assert_trees_close(third(*given), want, 1e-9)
 
 
-@pytest.mark.thorough_if(cpu_implementation="xla", grid=AxisType.Explicit)
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_jit_every_entry_point(cpu_implementation, grid, rng):
     x = problem(rng)
     options = {"implementation": cpu_implementation}

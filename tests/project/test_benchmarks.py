@@ -18,6 +18,7 @@ def test_tables_are_up_to_date():
     _run("benchmarks.harness.scaling", "--check")
 
 
+@pytest.mark.thorough_if()
 def test_plots_draw_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")  # the test extra has it; machines that only lend a GPU may not
     assert _run("benchmarks.harness.plots", "--results", str(tmp_path), "--out", str(tmp_path)) == ""  # no results

@@ -5,7 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.thorough_if()
 def test_two_processes_on_the_cpu():
     script = pathlib.Path(__file__).with_name("processes.py")
     # The script finds the package where this process does.
