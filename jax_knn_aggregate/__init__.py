@@ -23,6 +23,7 @@ from .ops.knn import (
     knn_search,
     knn_search_aniso,
 )
+from .ops.mlp import LeakyReLU, Sine, Softplus, Squareplus, mlp
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,10 @@ __all__ = [
     "KnnAggregate",
     "KnnIndex",
     "KnnSearch",
+    "LeakyReLU",
+    "Sine",
+    "Softplus",
+    "Squareplus",
     "build_index",
     "build_knn_table",
     "distortion_loss",
@@ -47,4 +52,5 @@ __all__ = [
     "knn_aggregate_precomputed",
     "knn_search",
     "knn_search_aniso",
+    "mlp",
 ]

@@ -1,0 +1,305 @@
+"""Values and derivatives of the perceptron against its definition in NumPy."""
+
+import functools
+import itertools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import mlp_oracle
+import numpy as np
+import pytest
+
+from jax_knn_aggregate import LeakyReLU, Sine, Softplus, Squareplus, mlp
+
+NAMES = list(mlp_oracle.ACTIVATIONS)
+PARAMETRIC = [
+    (LeakyReLU(-0.3), mlp_oracle.leaky_relu(-0.3)),
+    (Softplus(5.0), mlp_oracle.softplus(5.0)),
+    (Sine(3.0), mlp_oracle.sine(3.0)),
+    (Squareplus(10.0), mlp_oracle.squareplus(10.0)),
+]
+
+
+def problem(rng, widths=(3, 7, 5, 2), N=6, bias=True, dtype=np.float64):
+    """(x, weights, biases), a cotangent of y, and tangents as the first."""
+
+    def arrays():
+        weights = tuple(rng.normal(size=(m, n)) / n**0.5 for n, m in itertools.pairwise(widths))
+        biases = tuple(0.3 * rng.normal(size=m) for m in widths[1:]) if bias else None
+        return rng.normal(size=(N, widths[0])), weights, biases
+
+    z, ct, v = arrays(), rng.normal(size=(N, widths[-1])), arrays()
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), (z, ct, v))
+
+
+def derivatives(fn, z, ct, v):
+    """Value, tangent, gradients; gradients of ⟨v, gradients⟩ in z and ct, and the same forward over reverse, in z."""
+    y, tangent = jax.jvp(fn, z, v)
+
+    def first(z, ct):
+        return jax.vjp(fn, *z)[1](ct)
+
+    second = jax.grad(lambda z, ct: helpers.product(first(z, ct), v), (0, 1))(z, ct)
+    return y, tangent, first(z, ct), second, jax.jvp(lambda z: first(z, ct), (z,), (v,))[1]
+
+
+def in_numpy(z, ct, v, activation, output_activation):
+    z, ct, v = helpers.wide((z, ct, v))
+    o = mlp_oracle.Oracle(*z, activation, output_activation)
+    *in_z, in_ct = o.second(ct, v)
+    return o.y, o.tangent(v), o.first(ct), (tuple(in_z), in_ct), tuple(in_z)
+
+
+# ---- The oracle itself
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "relu" not in n])
+def test_oracle_of_activations(name, rng):
+    """Each written derivative is that of the one before, by complex steps."""
+    fn, p = mlp_oracle.ACTIVATIONS[name], rng.uniform(-4, 4, 100)
+    value, slope, bend = fn(p)
+    stepped = fn(p + 1e-30j)
+    np.testing.assert_allclose(stepped[0].imag / 1e-30, slope, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(stepped[1].imag / 1e-30, bend, rtol=1e-9, atol=1e-12)
+    assert np.ptp(value) > 0
+
+
+def test_oracle_of_networks(rng):
+    """Gradients by complex steps of values, and second order by complex steps of gradients, along any direction."""
+    (x, W, b), ct, v = helpers.wide(problem(rng))
+    direction, functions = helpers.wide(problem(rng)[2]), [mlp_oracle.ACTIVATIONS[n] for n in ("gelu", "sigmoid")]
+    o = mlp_oracle.Oracle(x, W, b, *functions)
+
+    def moved(a, t):
+        return jax.tree.map(lambda a, t: a + 1e-30j * t, a, t)
+
+    step = mlp_oracle.Oracle(*(moved(a, t) for a, t in zip((x, W, b), direction, strict=True)), *functions)
+
+    def along(gradients):
+        return sum((g * t).sum() for g, t in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
+
+    np.testing.assert_allclose((ct * step.y).sum().imag / 1e-30, along(o.first(ct)), rtol=1e-11)
+    *in_z, in_ct = o.second(ct, v)
+    pairs = zip(jax.tree.leaves(step.first(ct)), jax.tree.leaves(v), strict=True)
+    np.testing.assert_allclose(sum((g * t).sum() for g, t in pairs).imag / 1e-30, along(in_z), rtol=1e-11)
+    np.testing.assert_allclose(in_ct, o.tangent(v), rtol=1e-11)
+
+
+# ---- Every derivative
+
+
+def check(rng, pair, output_pair, bias=True, tolerance=1e-10, jit=helpers.quick_jit, **shape):
+    z, ct, v = problem(rng, bias=bias, **shape)
+    fn = functools.partial(mlp, activation=pair[0], output_activation=output_pair[0])
+    got = jit(functools.partial(derivatives, fn))(z, ct, v)
+    helpers.assert_trees_close(got, in_numpy(z, ct, v, pair[1], output_pair[1]), tolerance)
+
+
+PAIRS = {str(a): (a, fn) for a, fn in [*mlp_oracle.ACTIVATIONS.items(), *PARAMETRIC]}
+#: Each activation once, in hidden layers or in the last.
+FEW = [(a, b, i % 2 == 0) for i, (a, b) in enumerate(zip(list(PAIRS)[:8], list(PAIRS)[8:], strict=True))]
+
+
+@pytest.mark.parametrize(("activation", "output_activation", "bias"), FEW)
+def test_derivatives(activation, output_activation, bias, rng):
+    check(rng, PAIRS[activation], PAIRS[output_activation], bias, widths=(3, 5, 2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("output_activation", NAMES)
+@pytest.mark.parametrize("activation", PAIRS)
+@pytest.mark.thorough_if()
+def test_every_pair(activation, output_activation, bias, rng):
+    check(rng, PAIRS[activation], PAIRS[output_activation], bias, widths=(3, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("widths", "N"), [((1, 1), 2), ((5, 3), 4), ((3, 17, 33, 1), 9), ((2, 3, 3, 3, 3, 3, 4), 1), ((4, 130, 2), 0)]
+)
+@pytest.mark.thorough_if(N=[1, 9])
+def test_shapes(widths, N, rng):
+    """One layer and many, odd widths, one row and none."""
+    check(rng, PAIRS["softplus"], PAIRS["tanh"], widths=widths, N=N)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(np.float32, 5e-6), (jnp.bfloat16, 0.03), (np.float16, 4e-3)],
+    ids=["float32", "bfloat16", "float16"],
+)
+@pytest.mark.thorough_if(dtype=np.float16)
+def test_dtypes(dtype, tolerance, rng):
+    """Second order too; of bfloat16 and float16, what is lost is about what rounding the layers loses."""
+    with jax.default_matmul_precision("highest"):
+        check(rng, PAIRS["silu"], PAIRS["sine"], tolerance=tolerance, dtype=dtype, widths=(3, 32, 32, 4), N=64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_sums_are_wide(dtype):
+    """1 + 4095 times 2⁻¹² is 2 − 2⁻¹²; summed in float16 or bfloat16 it stays far from that. So are gradients' sums."""
+    small, one = np.full((1, 4096), 2.0**-12), np.ones((1, 4096))
+    small[0, 0] = 1
+    # Biases and activations see the sum before it is rounded: 256.5 is no bfloat16, and 2048.5 no float16.
+    large = 256 if dtype == jnp.bfloat16 else 2048
+    row, two, bias = np.array([[large, 0.5]]), np.ones((1, 2)), np.full(1, -large)
+
+    def every(small, one, row, two, bias):
+        in_weight = jax.grad(lambda w: mlp(small.T, (w,))[:, 0].sum())(one[:, :1])
+        return mlp(small, (one,)), in_weight, mlp(row, (two,), (bias,)), mlp(row, (two,), output_activation="sine")
+
+    got = helpers.quick_jit(every)(*(jnp.asarray(a, dtype) for a in (small, one, row, two, bias)))
+    for a, want, tolerance in zip(got, (2, 2, 0.5, np.sin(large + 0.5)), (0.01, 0.01, 0, 0.01), strict=True):
+        assert a.dtype == dtype and abs(float(a[0, 0]) - want) <= tolerance
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "relu" not in n])
+@pytest.mark.thorough_if(name=["none", "silu", "tanh", "sigmoid", "exponential", "gelu_exact"])
+def test_third_order(name, rng):
+    """Against complex steps through the second order in NumPy."""
+    (x, W, b), ct, v = problem(rng, widths=(2, 4, 1), N=3)
+    pairs = [mlp_oracle.ACTIVATIONS[name]] * 2
+    step = mlp_oracle.Oracle(
+        *jax.tree.map(lambda a, t: a + 1e-30j * t, helpers.wide((x, W, b)), helpers.wide(v)), *pairs
+    )
+    want = jax.tree.map(lambda a: a.imag / 1e-30, step.second(np.asarray(ct), helpers.wide(v))[:3])
+
+    def hessian_times_v(x, W, b):
+        fn = functools.partial(mlp, activation=name, output_activation=name)
+        return jax.grad(lambda z: helpers.product(jax.vjp(fn, *z)[1](ct), v))((x, W, b))
+
+    got = helpers.quick_jit(lambda z: jax.jvp(hessian_times_v, z, v)[1])((x, W, b))
+    helpers.assert_trees_close(got, want, 1e-9)
+
+
+# ---- What x may be
+
+
+def test_parts_stand_side_by_side(rng):
+    """As their concatenation, in value and in every derivative; a part may have no columns."""
+    (x, W, b), ct, v = problem(rng, widths=(6, 7, 2))
+    parts = x[:, :1], x[:, 1:1], x[:, 1:4], x[:, 4:]
+
+    def of_parts(parts, W, b):
+        return mlp(parts, W, b, activation="sine")
+
+    split = functools.partial(jnp.split, indices_or_sections=[1, 1, 4], axis=1)
+    got = helpers.quick_jit(functools.partial(derivatives, of_parts))((parts, W, b), ct, (tuple(split(v[0])), *v[1:]))
+    y, tangent, first, second, along = in_numpy(
+        (x, W, b), ct, v, *(mlp_oracle.ACTIVATIONS[n] for n in ("sine", "none"))
+    )
+
+    def as_parts(z):
+        return (tuple(split(z[0])), *z[1:])
+
+    want = y, tangent, as_parts(first), (as_parts(second[0]), second[1]), as_parts(along)
+    helpers.assert_trees_close(got, want, 1e-10)
+
+
+def test_leading_axes(rng):
+    (x, W, b), *_ = problem(rng, N=12)
+    shapes = (3, 4), (2, 1, 6), (0, 4)
+
+    def every(x):
+        some = [x[: np.prod(shape, dtype=int)].reshape(*shape, 3) for shape in shapes]
+        return [mlp((a[..., :2], a[..., 2:]), list(W), list(b), activation="tanh") for a in some]
+
+    flat = mlp_oracle.Oracle(*helpers.wide((x, W, b)), *(mlp_oracle.ACTIVATIONS[n] for n in ("tanh", "none"))).y
+    for shape, got in zip(shapes, helpers.quick_jit(every)(x), strict=True):
+        helpers.assert_close(got, flat[: np.prod(shape, dtype=int)].reshape(*shape, 2), 1e-13)
+
+
+# ---- Transformations
+
+
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0), (1, -1)], ids=str)
+@pytest.mark.thorough_if(mapped=[(0, 0), (0, None), (None, 0)])
+def test_vmap(mapped, rng):
+    """Over x, over weights and biases (many small networks), both; of the gradient of a gradient."""
+
+    def step(x, parameters):
+        slope = jax.grad(lambda x: mlp(x, *parameters, activation=Softplus(3.0)).sum())(x)
+        return jnp.square(jnp.square(slope).sum(-1) - 1).sum()
+
+    def in_numpy(x, parameters):
+        x, parameters = helpers.wide((x, parameters))
+        o = mlp_oracle.Oracle(x, *parameters, mlp_oracle.softplus(3.0), mlp_oracle.ACTIVATIONS["none"])
+        slope = o.first(np.ones_like(o.y))[0]
+        v = 4 * (np.square(slope).sum(-1, keepdims=True) - 1) * slope
+        in_x, in_w, in_b, _ = o.second(np.ones_like(o.y), (v, *jax.tree.map(np.zeros_like, parameters)))
+        return in_x, (in_w, in_b)
+
+    problems = [problem(rng)[0] for _ in range(3)]
+    columns = [(z[0] for z in problems), (z[1:] for z in problems)]
+    columns = [[next(c)] * 3 if axis is None else list(c) for c, axis in zip(columns, mapped, strict=True)]
+
+    def placed(column, axis):
+        return column[0] if axis is None else jax.tree.map(lambda *a: jnp.stack(a, axis), *column)
+
+    args = map(placed, columns, mapped)
+    got = helpers.quick_jit(jax.vmap(jax.grad(step, (0, 1)), mapped))(*args)
+    want = jax.tree.map(lambda *a: np.stack(a), *map(in_numpy, *columns))
+    helpers.assert_trees_close(got, want, 1e-10)
+
+
+def test_what_is_shared_is_not_copied(rng):
+    """Under vmap over x alone, products have no batch of weights, and gradients are sums."""
+    (x, W, b), *_ = problem(rng)
+    xs = jnp.stack([x, 2 * x, -x])
+
+    def total(W, b):
+        return jax.vmap(lambda x: mlp(x, W, b, activation="tanh"))(xs).sum()
+
+    shapes = [e.outvars[0].aval.shape for e in helpers.equations(jax.make_jaxpr(jax.grad(total, (0, 1)))(W, b))]
+    assert not [s for s in shapes if s[-2:] == W[1].shape and len(s) > 2]
+    one = [
+        mlp_oracle.Oracle(*helpers.wide((a, W, b)), *(mlp_oracle.ACTIVATIONS[n] for n in ("tanh", "none"))) for a in xs
+    ]
+    want = jax.tree.map(lambda *a: sum(a), *(o.first(np.ones_like(o.y))[1:] for o in one))
+    helpers.assert_trees_close(helpers.quick_jit(jax.grad(total, (0, 1)))(W, b), want, 1e-11)
+
+
+def test_activations_are_static(rng):
+    (x, W, b), *_ = problem(rng)
+    traced = []
+
+    @functools.partial(jax.jit, static_argnames="activation")
+    def fn(x, W, b, activation):
+        traced.append(activation)
+        return mlp(x, W, b, activation=activation)
+
+    got = [fn(x, W, b, activation=a) for a in (Softplus(2), Softplus(np.float32(2)), Softplus(3.0))]
+    assert len(traced) == 2
+    np.testing.assert_array_equal(got[0], got[1])
+    assert not np.array_equal(got[0], got[2])
+
+
+def test_checkpoint_and_scan(rng):
+    (x, W, b), *_ = problem(rng)
+    loss = jax.checkpoint(lambda W: jnp.square(mlp(x, W, b, activation="silu")).mean())
+
+    def descend(W, _):
+        value, g = jax.value_and_grad(loss)(W)
+        return jax.tree.map(lambda a, g: a - 0.05 * g, W, g), value
+
+    values = helpers.quick_jit(lambda W: jax.lax.scan(descend, W, None, 20)[1])(W)
+    assert (jnp.diff(values) < 0).all()
+
+
+# ---- Precision
+
+
+def test_precision_is_that_of_jax(rng):
+    """As it is given or, without, as jax.default_matmul_precision says, in every product, forward and backward."""
+    (x, W, b), *_ = problem(rng, dtype=np.float32)
+
+    def precisions(**options):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda W: mlp(x, W, b, activation="tanh", **options).sum()))(W)
+        return {str(e.params["precision"]) for e in helpers.equations(jaxpr) if e.primitive.name == "dot_general"}
+
+    high, highest = (str((p, p)) for p in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST))
+    assert precisions() == {"None"} and precisions(precision="highest") == {highest}
+    with jax.default_matmul_precision("high"):
+        assert precisions() == {high} and precisions(precision=jax.lax.Precision.HIGHEST) == {highest}
+    with pytest.raises(ValueError, match="best"):
+        mlp(x, W, b, precision="best")
