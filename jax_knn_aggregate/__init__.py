@@ -1,5 +1,6 @@
 """Feature aggregation from the K nearest points under per-point metrics, for JAX, differentiable to any order."""
 
+from . import tcnn
 from .core.ffi import FFI_TARGETS
 from .ops.distortion import (
     distortion_loss,
@@ -53,4 +54,5 @@ __all__ = [
     "knn_search",
     "knn_search_aniso",
     "mlp",
+    "tcnn",
 ]
