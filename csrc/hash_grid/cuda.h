@@ -7,9 +7,9 @@
 
 namespace knn {
 
-// What has the type of features is stored as args.stored says. Scratch: parts of the gradient in
-// x, [groups of levels, batch, N, dim], where there are several groups; and `bytes` for sums and what is known of
-// units, if the table's gradient is wanted.
+// What has the type of features is stored as args.stored says. Scratch: parts of the gradient in x, [groups of levels,
+// batch, N, dim], where there are several groups; and `bytes` for sums and what is known of units, if the table's
+// gradient is wanted.
 template <class T>
 cudaError_t LaunchHashGrid(const HashGrid<T, T>& args, T* parts, void* scratch, int64_t bytes, cudaStream_t stream);
 

@@ -125,8 +125,6 @@ def assert_same(metric, q, p, m, got, want, what):
 @pytest.mark.parametrize("P, K", [(3000, 16), (3000, 48), (64, 64), (131, 33), (300, 64)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(dtype=np.float64, P=[64, 131, 300])
-@pytest.mark.thorough_if(dtype=np.float64, K=48)
 @pytest.mark.thorough_if(dtype=np.float64)
 @pytest.mark.thorough_if(metric="iso", P=[64, 131, 300])
 def test_every_cloud(metric, dtype, P, K, kernels, rng):

@@ -152,7 +152,6 @@ def test_knn_table(implementation, rng):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(metric="iso")
-@pytest.mark.thorough_if(metric="aniso")
 def test_reference_in_chunks(metric, rng, monkeypatch):
     x = helpers.cloud(rng, metric, 23, 30, 0, batch=(2,), dtype=np.float32)
     want = helpers.jitted_search(metric, 7, "xla")(x)

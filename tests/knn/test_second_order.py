@@ -52,7 +52,6 @@ def test_all_at_once_and_one_at_a_time(metric, implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(implementation="xla", metric="iso")
 @pytest.mark.thorough_if(implementation="xla")
 def test_moving_cotangents(metric, implementation, problem, rng):
     """Forward over reverse along arguments and cotangents, all and one at a time, for all gradients and one."""

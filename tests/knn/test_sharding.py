@@ -48,7 +48,6 @@ def single(name, implementation, x):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.thorough_if(cpu_implementation="xla", check_vma=False)
 @pytest.mark.thorough_if(cpu_implementation="xla")
 def test_sharded_queries_replicated_points(check_vma, cpu_implementation, mesh, rng):
     x = problem(rng)

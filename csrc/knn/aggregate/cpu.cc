@@ -104,8 +104,9 @@ class RowSum {
   void Add(const Rows<T, TF>& rows) {
     if (short_ > 0) {
       for (int64_t r = 0; r < rows.n; ++r) {
-        for (int l = 0; l < short_; ++l)
+        for (int l = 0; l < short_; ++l) {
           sum_[0].v[l] = Fma(rows.factor[r], Widen(rows.row[r][l], stored_), sum_[0].v[l]);
+        }
       }
       return;
     }
@@ -377,8 +378,9 @@ struct Aggregator {
       if (kTangents && points.v_f != nullptr) {
         block.a[n] = DotRows<T>(g, points.v_f + j * args.F, args.F, args.stored) + (kMoving ? block.a[n] : 0);
       }
-      if (kMoving && queries.v_ct_f != nullptr)
+      if (kMoving && queries.v_ct_f != nullptr) {
         block.a[n] += DotRows<T>(queries.v_ct_f + i * args.F, f, args.F, args.stored);
+      }
     }
   }
 
