@@ -60,7 +60,7 @@ nb::dict Numbers() {
   nb::dict n;
   n["batch_axes"] = knn::kMaxBatchAxes;
   n["hash_grid.max_levels"] = knn::kMaxGridLevels;
-  n["cuda.levels_of_thread"] = knn::kLevelsOfThread;
+  n["cuda.pairs_of_thread"] = knn::kPairsOfThread;
   n["cuda.grid_sum_bytes"] = knn::kSumBytes;
   n["cuda.grid_unit_bytes"] = knn::kUnitBytes;
   n["index.leaf"] = knn::kLeafSize;

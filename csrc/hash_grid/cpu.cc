@@ -131,7 +131,9 @@ struct Grid {
           const N c = m * ct[at + k];
           for (int b = 0; b < kCorners; ++b) u[b] = u[b] + c * table[row[b] + k];
         }
-        AddPositionBar<D>(sides, u, x_bar[i]);
+        N difference[D];
+        Interpolate<D>(sides, u, difference);
+        for (int d = 0; d < D; ++d) x_bar[i][d] = x_bar[i][d] + sides[d].slope * difference[d];
       }
     }
   }

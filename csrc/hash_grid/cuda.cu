@@ -1,6 +1,10 @@
 // The hash grid on CUDA.
 //
-// Features and gradients in x: a thread has a point at a few neighbouring levels, all corners of a level in flight at a
+// Two neighbouring lanes share a point, one for the corners on either side along axis 0: their rows are neighbours
+// where rows are numbered, and mostly where they are hashed (the prime of axis 0 is 1), so that both are in one sector
+// of 32 bytes, which is what caches and memory are accessed by.
+//
+// Features and gradients in x: two lanes go through a few neighbouring levels, all corners of a level in flight at a
 // time. Blocks go through the points for one such group of levels after another, so that the rows that are touched at a
 // time fit the L2 cache. What each group adds to a gradient in x is summed last, in their order.
 //
@@ -127,9 +131,10 @@ struct Point {
     }
   }
 
-  // Where it lies at a level.
-  __device__ __forceinline__ void Find(const HashGrid<T, T>& grid, const Level& level, uint32_t (&cell)[D],
-                                       Sides<N> (&sides)[D]) const {
+  // Where it lies at a level: rows of the corners on the given side along axis 0. A point that does not reach the grid
+  // gets some rows too.
+  __device__ __forceinline__ void Find(const HashGrid<T, T>& grid, const Level& level, int side, Sides<N> (&sides)[D],
+                                       uint32_t (&cell)[D], uint32_t (&row)[1 << (D - 1)]) const {
     const T scale = static_cast<T>(level.scale);
 #pragma unroll
     for (int d = 0; d < D; ++d) {
@@ -137,36 +142,29 @@ struct Point {
       cell[d] = place.cell;
       sides[d] = SidesOf(grid.interpolation, Joined<N>(place.fraction, scale * v[d]), scale);
     }
+    cell[0] += side;
+    FindRows<D, 1>(level, cell, row);
   }
 };
 
-// W_b; of the nearest corner alone, 1.
-template <class T, class N, int D>
-__device__ __forceinline__ void Weigh(bool nearest, const Sides<N> (&sides)[D], N (&weight)[1 << D]) {
-  CornerWeights<D>(sides, weight);
-  if (nearest) {
-#pragma unroll
-    for (int b = 0; b < 1 << D; ++b) weight[b] = Constant<N>(T(b == 0 ? 1 : 0));
-  }
-}
-
-// The features of all corners, in pairs; zero but for the first where only that is wanted.
+// The features of corners, in pairs; zero but for the first where only that is wanted.
 template <class T, class N, int D>
 __device__ __forceinline__ void LoadCorners(const HashGrid<T, T>& grid, const T* table, const T* moves, int64_t first,
-                                            const uint32_t (&row)[1 << D], int k, N (&a)[1 << D], N (&b)[1 << D]) {
-  constexpr int kCorners = 1 << D;
+                                            int side, const uint32_t (&row)[1 << (D - 1)], int k, N (&a)[1 << (D - 1)],
+                                            N (&b)[1 << (D - 1)]) {
+  constexpr int kCorners = 1 << (D - 1);
   constexpr bool kDual = !std::is_same_v<N, T>;
-  const int F = grid.features;
-  const bool single = F == 1, nearest = grid.interpolation == Interpolation::nearest;
+  const int F = grid.features, corners = grid.interpolation != Interpolation::nearest ? kCorners : side == 0 ? 1 : 0;
+  const bool single = F == 1;
   RawPair<T> raw[kCorners] = {}, raw_moves[kDual ? kCorners : 1] = {};
 #pragma unroll
   for (int c = 0; c < kCorners; ++c) {
-    if (c == 0 || !nearest) raw[c] = Load(table, (first + row[c]) * F + k, grid.stored, single);
+    if (c < corners) raw[c] = Load(table, (first + row[c]) * F + k, grid.stored, single);
   }
   if (kDual && moves != nullptr) {
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
-      if (c == 0 || !nearest) raw_moves[kDual ? c : 0] = Load(moves, (first + row[c]) * F + k, grid.stored, single);
+      if (c < corners) raw_moves[kDual ? c : 0] = Load(moves, (first + row[c]) * F + k, grid.stored, single);
     }
   }
 #pragma unroll
@@ -183,101 +181,155 @@ __device__ __forceinline__ T NaN() {
   return static_cast<T>(CUDART_NAN_F);
 }
 
-// What a thread of the first two kernels does: a point of all batch entries, at levels from `level` on.
-struct Work {
-  int64_t b, i;  // b < 0: none
-  int group;
-};
+// Of all lanes' pairs, that of `lane`.
 template <class T>
-__device__ __forceinline__ Work WorkOf(const HashGrid<T, T>& grid, uint32_t blocks_of_group) {
-  const uint32_t group = blockIdx.x / blocks_of_group;
-  const uint32_t t = (blockIdx.x - group * blocks_of_group) * kThreads + threadIdx.x, N = static_cast<uint32_t>(grid.N);
-  const uint32_t b = t / N;
-  return {b < Count(grid.batch) ? static_cast<int64_t>(b) : -1, t - b * N, static_cast<int>(group)};
+__device__ __forceinline__ Pair<T> FromLane(Pair<T> pair, int lane) {
+  return {__shfl_sync(kFullMask, pair.a, lane), __shfl_sync(kFullMask, pair.b, lane)};
+}
+template <class T>
+__device__ __forceinline__ T SumOfTwo(T x) {
+  return x + __shfl_xor_sync(kFullMask, x, 1);
 }
 
-template <class T, class N, int D>
-__global__ void __launch_bounds__(kThreads)
-    Features(const __grid_constant__ HashGrid<T, T> grid, uint32_t blocks_of_group) {
-  const Work work = WorkOf(grid, blocks_of_group);
-  if (work.b < 0) return;
-  const int F = grid.features, outputs = grid.levels * F;
-  const int64_t at = (work.b * grid.N + work.i) * outputs;
-  const Point<T, N, D> point(grid, work.b, work.i);
-  const T* weights = At(grid.weights, grid.batch, work.b);
-  const T* table = FeaturesAt(grid.table.value, grid.batch, work.b, grid.stored);
-  const T* moves = FeaturesAt(grid.table.tangent, grid.batch, work.b, grid.stored);
-  const int begin = work.group * kLevelsOfThread, end = min(begin + kLevelsOfThread, grid.levels);
-  for (int l = begin; l < end; ++l) {
-    const Level& level = grid.level[l];
-    if (!point.reaches) {
-      for (int k = 0; k < F; ++k) Store(NaN<T>(), grid.y, at + l * F + k, grid.stored);
-      continue;
-    }
-    uint32_t cell[D], row[1 << D];
-    Sides<N> sides[D];
-    N weight[1 << D];
-    point.Find(grid, level, cell, sides);
-    FindRows<D>(level, cell, row);
-    Weigh<T>(grid.interpolation == Interpolation::nearest, sides, weight);
-    const T m = weights[l];
-    for (int k = 0; k < F; k += 2) {
-      N a[1 << D], b[1 << D], sum_a = {}, sum_b = {};
-      LoadCorners<T, N, D>(grid, table, moves, level.first, row, k, a, b);
-#pragma unroll
-      for (int c = 0; c < 1 << D; ++c) {
-        sum_a = sum_a + weight[c] * a[c];
-        sum_b = sum_b + weight[c] * b[c];
+// A lane's half of the pairs that its two lanes go through, of features or their cotangents.
+template <class T>
+struct HalfOfPairs {
+  static constexpr int kHalf = kPairsOfThread / 2;
+  Pair<T> pair[kHalf];
+
+  // Whether a half can be read and written by 16 bytes, if there are all pairs.
+  static __device__ __forceinline__ bool Whole(const HashGrid<T, T>& grid) {
+    return grid.stored == Stored::whole && grid.features > 1 && grid.levels * grid.features % 4 == 0;
+  }
+
+  // `at`: where the first pair of the two lanes lies; of `count` pairs.
+  __device__ __forceinline__ void Read(const T* features, int64_t at, int count, const HashGrid<T, T>& grid) {
+    const Stored stored = grid.stored;
+    const bool single = grid.features == 1;
+    if constexpr (sizeof(T) == 4) {
+      if (features != nullptr && count == kPairsOfThread && Whole(grid)) {
+        const float4 half = *reinterpret_cast<const float4*>(features + at + (threadIdx.x & 1) * 4);
+        pair[0] = {half.x, half.y}, pair[1] = {half.z, half.w};
+        return;
       }
-      Store({m * Result(sum_a), m * Result(sum_b)}, grid.y, at + l * F + k, grid.stored, F == 1);
+    }
+#pragma unroll
+    for (int n = 0; n < kHalf; ++n) {
+      const int s = (threadIdx.x & 1) * kHalf + n;
+      pair[n] = {};
+      if (features != nullptr && s < count) {
+        pair[n] = Converted<T>(Load(features, at + (single ? s : 2 * s), stored, single), stored);
+      }
     }
   }
-}
+  __device__ __forceinline__ void Write(T* features, int64_t at, int count, const HashGrid<T, T>& grid) const {
+    const Stored stored = grid.stored;
+    const bool single = grid.features == 1;
+    if constexpr (sizeof(T) == 4) {
+      if (count == kPairsOfThread && Whole(grid)) {
+        *reinterpret_cast<float4*>(features + at + (threadIdx.x & 1) * 4) =
+            make_float4(pair[0].a, pair[0].b, pair[1].a, pair[1].b);
+        return;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kHalf; ++n) {
+      const int s = (threadIdx.x & 1) * kHalf + n;
+      if (s < count) Store(pair[n], features, at + (single ? s : 2 * s), stored, single);
+    }
+  }
+  // Pair s, whichever lane has it.
+  __device__ __forceinline__ Pair<T> operator[](int s) const {
+    Pair<T> mine = pair[0];
+#pragma unroll
+    for (int n = 1; n < kHalf; ++n) {
+      if (s % kHalf == n) mine = pair[n];
+    }
+    return FromLane(mine, (threadIdx.x & (kWarp - 2)) + s / kHalf);
+  }
+  __device__ __forceinline__ void Set(int s, Pair<T> to) {
+#pragma unroll
+    for (int n = 0; n < kHalf; ++n) {
+      if (s == static_cast<int>(threadIdx.x & 1) * kHalf + n) pair[n] = to;
+    }
+  }
+};
 
-// What a group of levels adds to the gradient in x, in `parts` [groups, batch·N, D].
-template <class T, class N, int D>
+// Features, and what a group of levels adds to the gradient in x, in `parts` [groups, batch·N, D], whichever is wanted.
+// Two lanes have a point at the levels of a group.
+template <class T, class N, int D, bool kWantsX>
 __global__ void __launch_bounds__(kThreads)
-    PositionBars(const __grid_constant__ HashGrid<T, T> grid, uint32_t blocks_of_group, T* parts) {
-  const Work work = WorkOf(grid, blocks_of_group);
-  if (work.b < 0) return;
-  const int F = grid.features, outputs = grid.levels * F;
-  const Point<T, N, D> point(grid, work.b, work.i);
-  const T* weights = At(grid.weights, grid.batch, work.b);
-  const T* table = FeaturesAt(grid.table.value, grid.batch, work.b, grid.stored);
-  const T* moves = FeaturesAt(grid.table.tangent, grid.batch, work.b, grid.stored);
-  const T* ct = FeaturesAt(grid.ct.value, grid.batch, work.b, grid.stored);
-  const T* ct_moves = FeaturesAt(grid.ct.tangent, grid.batch, work.b, grid.stored);
-  const int begin = work.group * kLevelsOfThread, end = min(begin + kLevelsOfThread, grid.levels);
+    Points(const __grid_constant__ HashGrid<T, T> grid, uint32_t blocks_of_group, T* parts) {
+  constexpr int kCorners = 1 << (D - 1);
+  const uint32_t group = blockIdx.x / blocks_of_group, size = static_cast<uint32_t>(grid.N);
+  const uint32_t thread = (blockIdx.x - group * blocks_of_group) * kThreads + threadIdx.x;
+  const uint32_t points = static_cast<uint32_t>(Count(grid.batch)) * size;
+  const int side = thread & 1;
+  const bool exists = thread / 2 < points;
+  const uint32_t number = exists ? thread / 2 : 0, entry = number / size;  // lanes without a point have the first
+  const int64_t b = entry, i = number - entry * size;
+  const int F = grid.features, outputs = grid.levels * F, pairs = (F + 1) / 2;
+  const int begin = static_cast<int>(group) * LevelsOfThread(F),
+            count = min(kPairsOfThread, (grid.levels - begin) * pairs);
+  const bool single = F == 1, nearest = grid.interpolation == Interpolation::nearest;
+  const bool wants_x = kWantsX && !nearest;
+
+  const Point<T, N, D> point(grid, b, i);
+  const T* weights = At(grid.weights, grid.batch, b);
+  const T* table = FeaturesAt(grid.table.value, grid.batch, b, grid.stored);
+  const T* moves = FeaturesAt(grid.table.tangent, grid.batch, b, grid.stored);
+  const int64_t at = i * outputs + begin * F;
+  HalfOfPairs<T> y, ct, ct_moves;
+  ct.Read(FeaturesAt(grid.ct.value, grid.batch, b, grid.stored), at, wants_x ? count : 0, grid);
+  if constexpr (!std::is_same_v<N, T>) {
+    ct_moves.Read(FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored), at, wants_x ? count : 0, grid);
+  }
+  Sides<N> sides[D];
+  uint32_t cell[D], row[kCorners];
   N bar[D] = {};
-  if (point.reaches && grid.interpolation != Interpolation::nearest) {
-    for (int l = begin; l < end; ++l) {
-      const Level& level = grid.level[l];
-      uint32_t cell[D], row[1 << D];
-      Sides<N> sides[D];
-      point.Find(grid, level, cell, sides);
-      FindRows<D>(level, cell, row);
-      const T m = weights[l];
-      N u[1 << D] = {};
-      for (int k = 0; k < F; k += 2) {
-        const int64_t at = work.i * outputs + l * F + k;
-        const Pair<T> c = Converted<T>(Load(ct, at, grid.stored, F == 1), grid.stored);
-        Pair<T> dc = {};
-        if (ct_moves != nullptr) dc = Converted<T>(Load(ct_moves, at, grid.stored, F == 1), grid.stored);
-        const N c_a = m * Joined<N>(c.a, dc.a), c_b = m * Joined<N>(c.b, dc.b);
-        N a[1 << D], b[1 << D];
-        LoadCorners<T, N, D>(grid, table, moves, level.first, row, k, a, b);
+#pragma unroll 1
+  for (int s = 0; s < count; ++s) {
+    const int l = begin + s / pairs, k = s % pairs * 2;
+    const Level& level = grid.level[l];
+    if (k == 0) point.Find(grid, level, side, sides, cell, row);
+    const T m = weights[l];
+    const N mine = nearest ? Constant<N>(T(1)) : side == 0 ? sides[0].lower : sides[0].upper;
+    N features_a[kCorners], features_b[kCorners], u[kCorners], difference[D];
+    LoadCorners<T, N, D>(grid, table, moves, level.first, side, row, k, features_a, features_b);
+    if (wants_x) {
+      const Pair<T> value = ct[s], tangent = std::is_same_v<N, T> ? Pair<T>{} : ct_moves[s];
+      const N ct_a = m * Joined<N>(value.a, tangent.a), ct_b = m * Joined<N>(value.b, tangent.b);
 #pragma unroll
-        for (int i = 0; i < 1 << D; ++i) {
-          u[i] = u[i] + c_a * a[i];
-          if (F > 1) u[i] = u[i] + c_b * b[i];
-        }
+      for (int c = 0; c < kCorners; ++c) {
+        u[c] = ct_a * features_a[c];
+        if (!single) u[c] = u[c] + ct_b * features_b[c];
       }
-      AddPositionBar<D>(sides, u, bar);
+      const N sum = Interpolate<D, 1>(sides, u, difference);
+      bar[0] = side == 0 ? bar[0] - sides[0].slope * sum : bar[0] + sides[0].slope * sum;
+#pragma unroll
+      for (int d = 1; d < D; ++d) bar[d] = bar[d] + sides[d].slope * (mine * difference[d]);
+    }
+    if (grid.y != nullptr) {
+      const N a = nearest ? features_a[0] : Interpolate<D, 1>(sides, features_a, difference);
+      const N b = nearest ? features_b[0] : Interpolate<D, 1>(sides, features_b, difference);
+      y.Set(s, {m * SumOfTwo(Result(mine * a)), m * SumOfTwo(Result(mine * b))});
     }
   }
-  T* out = parts + ((work.group * Count(grid.batch) + work.b) * grid.N + work.i) * D;
+  if (grid.y != nullptr) {
+    if (!point.reaches) {
 #pragma unroll
-  for (int d = 0; d < D; ++d) out[d] = point.reaches ? Result(bar[d]) : NaN<T>();
+      for (Pair<T>& pair : y.pair) pair = {NaN<T>(), NaN<T>()};
+    }
+    y.Write(grid.y, number * int64_t{outputs} + begin * F, exists ? count : 0, grid);
+  }
+  if constexpr (kWantsX) {
+    T* out = parts + (group * int64_t{points} + number) * D;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+      const T sum = SumOfTwo(Result(bar[d]));
+      if (exists && side == (d & 1)) out[d] = point.reaches ? sum : NaN<T>();
+    }
+  }
 }
 
 template <class T>
@@ -320,6 +372,10 @@ struct Finder {
   SplitBatch split;
   uint32_t N;
   __device__ __forceinline__ void operator()(uint32_t c, uint32_t p, int64_t* b, int64_t* i) const {
+    if (split.ndim == 0) {
+      *b = 0, *i = p;
+      return;
+    }
     const uint32_t s = p / N;
     *b = Join(split, c, s);
     *i = p - s * N;
@@ -328,119 +384,150 @@ struct Finder {
 
 constexpr int kRows = 8;  // of a block of Magnitudes, which is (kWarp, kRows)
 
+// A lane has a pair of features at a time: blockIdx.y says which kWarp of them.
 template <class T, bool kDual>
-__global__ void Magnitudes(const __grid_constant__ HashGrid<T, T> grid, const __grid_constant__ Finder<T> find,
-                           Sums sums, uint32_t blocks_of_table, Unit* units) {
+__global__ void __launch_bounds__(kWarp* kRows)
+    Magnitudes(const __grid_constant__ HashGrid<T, T> grid, const __grid_constant__ Finder<T> find, Sums sums,
+               uint32_t blocks_of_table, Unit* units) {
   const uint32_t c = blockIdx.x / blocks_of_table, first = blockIdx.x - c * blocks_of_table;
-  const int F = grid.features, outputs = grid.levels * F;
-  __shared__ double most_of[kRows][kWarp];
-  for (int j0 = 0; j0 < outputs; j0 += kWarp) {
-    const int j = j0 + threadIdx.x, l = j / F;
-    double most = 0;
-    for (uint32_t p = first * kRows + threadIdx.y; j < outputs && p < sums.points; p += blocks_of_table * kRows) {
-      int64_t b, i;
-      find(c, p, &b, &i);
-      const T m = At(grid.weights, grid.batch, b)[l];
-      const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, grid.stored);
-      double bound = fabs(double{m * Converted<T>(Load(ct, i * outputs + j, grid.stored, true), grid.stored).a});
-      if constexpr (kDual) {
-        // |Ẇ_b| ≤ Σ_d |a s'(f_d) ẋ_d|, |s'| ≤ 3/2
-        double speed = 0;
-        if (const T* v = AtOrNull(grid.x.tangent, grid.batch, b); v != nullptr) {
-          for (int d = 0; d < grid.dim; ++d)
-            speed += 1.5 * fabs(double{grid.level[l].scale} * double{v[i * grid.dim + d]});
-        }
-        bound *= speed;
-        if (const T* v = FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored); v != nullptr) {
-          bound += fabs(double{m * Converted<T>(Load(v, i * outputs + j, grid.stored, true), grid.stored).a});
-        }
+  const int F = grid.features, outputs = grid.levels * F, pairs = (F + 1) / 2;
+  const bool single = F == 1;
+  // Where they are fewer than lanes, a warp has several points at a time.
+  const int all = grid.levels * pairs, wide = min(all, kWarp), together = kWarp / wide;
+  const int of_point = threadIdx.x / wide, pair = blockIdx.y * kWarp + threadIdx.x - of_point * wide;
+  const bool exists = of_point < together && pair < all;
+  const int l = exists ? pair / pairs : 0;
+  const double steepest = 1.5 * grid.dim * fabs(double{grid.level[l].scale});
+  double most = 0;
+  for (uint32_t p = (first * kRows + threadIdx.y) * together + of_point; exists && p < sums.points;
+       p += blocks_of_table * kRows * together) {
+    int64_t b, i;
+    find(c, p, &b, &i);
+    const T m = At(grid.weights, grid.batch, b)[l];
+    const int64_t at = i * outputs + (single ? pair : 2 * pair);
+    const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, grid.stored);
+    const Pair<T> value = Converted<T>(Load(ct, at, grid.stored, single), grid.stored);
+    double bounds[2] = {fabs(m * value.a), fabs(m * value.b)};
+    if constexpr (kDual) {
+      // |Ẇ_b| ≤ Σ_d |a s'(f_d) ẋ_d| ≤ 3/2 D a max |ẋ_d|
+      T fastest = 0;
+      if (const T* v = AtOrNull(grid.x.tangent, grid.batch, b); v != nullptr) {
+        for (int d = 0; d < grid.dim; ++d) fastest = fmax(fastest, fabs(v[i * grid.dim + d]));
       }
+      const double speed = steepest * fastest;
+      Pair<T> tangent = {};
+      if (const T* v = FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored); v != nullptr) {
+        tangent = Converted<T>(Load(v, at, grid.stored, single), grid.stored);
+      }
+      bounds[0] = fma(bounds[0], speed, double{fabs(m * tangent.a)});
+      bounds[1] = fma(bounds[1], speed, double{fabs(m * tangent.b)});
+    }
+#pragma unroll
+    for (double bound : bounds) {
       if (bound <= Precision<double>::kMost) most = fmax(most, bound);
     }
-    most_of[threadIdx.y][threadIdx.x] = most;
-    __syncthreads();
-    if (threadIdx.y == 0 && j < outputs) {
-      for (int r = 1; r < kRows; ++r) most = fmax(most, most_of[r][threadIdx.x]);
-      if (most > 0) atomicMax(&units[int64_t{c} * grid.levels + l].most, __double_as_longlong(most));
-    }
-    __syncthreads();
+  }
+  __shared__ double most_of[kRows][kWarp];
+  most_of[threadIdx.y][threadIdx.x] = most;
+  __syncthreads();
+  if (threadIdx.y == 0 && exists) {
+    for (int r = 1; r < kRows; ++r) most = fmax(most, most_of[r][threadIdx.x]);
+    if (most > 0) atomicMax(&units[int64_t{c} * grid.levels + l].most, __double_as_longlong(most));
   }
 }
 
-// A thread has one feature of a point at a level, so that neighbouring lanes add to neighbouring numbers. `sums_of`
-// begins with the rows of unit `first_unit`. If `mark`, NaN is written instead where what would be added is not finite.
+constexpr int kTurns = 4;  // of a thread of AddToTable, for a chunk of points at a level
+
+// Lanes of a point at a level are numbered by side along axis 0 and feature, so that neighbouring ones add to
+// neighbouring numbers. `sums_of` begins with the rows of unit `first_unit`. If `mark`, NaN is written instead where
+// what would be added is not finite.
 template <class T, class N, int D>
 __global__ void __launch_bounds__(kThreads)
     AddToTable(const __grid_constant__ HashGrid<T, T> grid, const __grid_constant__ Finder<T> find, Sums sums,
                uint32_t chunks_of_unit, int64_t first_unit, int64_t end_unit, bool mark, Unit* units,
                unsigned long long* sums_of) {
+  constexpr int kCorners = 1 << (D - 1);
   const int F = grid.features, outputs = grid.levels * F;
-  const bool nearest = grid.interpolation == Interpolation::nearest;
   const int64_t first_row = first_unit / grid.levels * grid.rows + grid.level[first_unit % grid.levels].first;
   const int64_t chunks = (end_unit - first_unit) * chunks_of_unit;
+  if (mark) {
+    bool any = false;
+    for (int64_t unit = first_unit + threadIdx.x; unit < end_unit; unit += kThreads) any |= units[unit].broken != 0;
+    if (!__syncthreads_or(any)) return;
+  }
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const uint32_t of_group = static_cast<uint32_t>(chunk / chunks_of_unit);
     const int64_t unit = first_unit + of_group;
-    if (mark && units[unit].broken == 0) continue;
-    const uint32_t c = static_cast<uint32_t>(unit) / grid.levels, l = static_cast<uint32_t>(unit) - c * grid.levels;
-    const uint32_t t = static_cast<uint32_t>(chunk - int64_t{of_group} * chunks_of_unit) * kThreads + threadIdx.x;
-    const uint32_t p = t / F, k = t - p * F;
-    const bool exists = p < sums.points;
-    int64_t b, i;
-    find(c, exists ? p : 0, &b, &i);
-    const Level& level = grid.level[l];
-    const Point<T, N, D> point(grid, b, i);
-    const bool adds = exists && point.reaches;
-    uint32_t cell[D], row[1 << D];
-    Sides<N> sides[D];
-    N weight[1 << D];
-    point.Find(grid, level, cell, sides);
-    FindRows<D>(level, cell, row);
-    Weigh<T>(nearest, sides, weight);
-    const int64_t at = i * outputs + l * F + k;
-    const T m = At(grid.weights, grid.batch, b)[l];
-    const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, grid.stored);
-    const T* ct_moves = std::is_same_v<N, T> ? nullptr : FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored);
-    const T value = Converted<T>(Load(ct, at, grid.stored, true), grid.stored).a;
-    const T tangent = ct_moves == nullptr ? T(0) : Converted<T>(Load(ct_moves, at, grid.stored, true), grid.stored).a;
-    const N bar = m * Joined<N>(value, tangent);
-    if (mark) {
-#pragma unroll
-      for (int s = 0; s < 1 << D; ++s) {
-        const int64_t entry = (int64_t{c} * grid.rows + level.first + row[s]) * F + k;
-        const bool finite = fabs(Result(weight[s] * bar)) <= Precision<T>::kMost;
-        if (adds && !finite && (s == 0 || !nearest)) Store(NaN<T>(), grid.table_bar, entry, grid.stored);
-      }
+    if (mark && units[unit].broken == 0) {  // on to the next unit
+      chunk += ((of_group + 1) * int64_t{chunks_of_unit} - chunk - 1) / gridDim.x * gridDim.x;
       continue;
     }
-    // Where all lanes are in one cell, they are summed first: they would wait for each other.
-    bool same = adds;
-#pragma unroll
-    for (int d = 0; d < D; ++d) same &= cell[d] == __shfl_sync(kFullMask, cell[d], 0);
-    const bool together = __all_sync(kFullMask, same);
-    const int exponent = Exponent(units[unit].most, sums.headroom);
-    const double power = Power(exponent);
+    const uint32_t c = static_cast<uint32_t>(unit) / grid.levels, l = static_cast<uint32_t>(unit) - c * grid.levels;
+    const Level& level = grid.level[l];
+    const double power = Power(Exponent(units[unit].most, sums.headroom));
     const int64_t base = int64_t{c} * grid.rows + level.first - first_row;
     bool broken = false;
-#pragma unroll
-    for (int s = 0; s < 1 << D; ++s) {
-      if (s > 0 && nearest) continue;
-      const T part = Result(weight[s] * bar);
-      const bool finite = fabs(part) <= Precision<T>::kMost;
-      broken |= adds && !finite;
-      const double scaled = adds && finite ? static_cast<double>(part) * power : 0.0;
-      long long limb[kLimbs<T>];
-      limb[0] = __double2ll_rn(scaled);
-      if constexpr (kLimbs<T> == 2) {
-        limb[1] = __double2ll_rn((scaled - static_cast<double>(limb[0])) * Power(sums.low_bits));
+#pragma unroll 1
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const uint32_t piece = static_cast<uint32_t>(chunk - int64_t{of_group} * chunks_of_unit) * kTurns + turn;
+      const uint32_t t = piece * kThreads + threadIdx.x, p = t / (2 * F), lane = t - p * (2 * F);
+      const int side = static_cast<int>(lane) >= F ? 1 : 0, k = lane - side * F;
+      const bool exists = p < sums.points;
+      int64_t b, i;
+      find(c, exists ? p : 0, &b, &i);
+      const Point<T, N, D> point(grid, b, i);
+      const bool adds = exists && point.reaches;
+      Sides<N> sides[D];
+      uint32_t cell[D], row[kCorners];
+      N weight[kCorners];
+      point.Find(grid, level, side, sides, cell, row);
+      CornerWeights<D, 1>(sides, weight);
+      int corners = kCorners;
+      N mine = side == 0 ? sides[0].lower : sides[0].upper;
+      if (grid.interpolation == Interpolation::nearest) {
+        corners = 1 - side;
+        mine = weight[0] = Constant<N>(T(1));
       }
+      const int64_t at = i * outputs + l * F + k;
+      const T m = At(grid.weights, grid.batch, b)[l];
+      const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, grid.stored);
+      const T* ct_moves = std::is_same_v<N, T> ? nullptr : FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored);
+      const T value = Converted<T>(Load(ct, at, grid.stored, true), grid.stored).a;
+      const T tangent = ct_moves == nullptr ? T(0) : Converted<T>(Load(ct_moves, at, grid.stored, true), grid.stored).a;
+      const N bar = mine * (m * Joined<N>(value, tangent));
+      if (mark) {
 #pragma unroll
-      for (int n = 0; n < kLimbs<T>; ++n) {
-        if (together) {
-          for (int step = F; step < kWarp; step *= 2) limb[n] += __shfl_xor_sync(kFullMask, limb[n], step);
+        for (int s = 0; s < kCorners; ++s) {
+          const int64_t entry = (int64_t{c} * grid.rows + level.first + row[s]) * F + k;
+          const bool finite = fabs(Result(weight[s] * bar)) <= Precision<T>::kMost;
+          if (adds && s < corners && !finite) Store(NaN<T>(), grid.table_bar, entry, grid.stored);
         }
-        if (limb[n] == 0 || (together && (threadIdx.x & (kWarp - 1)) >= F)) continue;
-        atomicAdd(sums_of + ((base + row[s]) * F + k) * kLimbs<T> + n, static_cast<unsigned long long>(limb[n]));
+        continue;
+      }
+      // Where all points are in one cell, they are summed first: they would wait for each other.
+      bool same = adds;
+#pragma unroll
+      for (int d = 0; d < D; ++d) same &= cell[d] == __shfl_sync(kFullMask, cell[d], d == 0 ? side * F : 0);
+      const bool together = __all_sync(kFullMask, same);
+#pragma unroll
+      for (int s = 0; s < kCorners; ++s) {
+        const T part = Result(weight[s] * bar);
+        const bool finite = fabs(part) <= Precision<T>::kMost, counts = adds && s < corners;
+        broken |= counts && !finite;
+        const double scaled = counts && finite ? static_cast<double>(part) * power : 0.0;
+        long long limb[kLimbs<T>];
+        limb[0] = __double2ll_rn(scaled);
+        if constexpr (kLimbs<T> == 2) {
+          limb[1] = __double2ll_rn((scaled - static_cast<double>(limb[0])) * Power(sums.low_bits));
+        }
+#pragma unroll
+        for (int n = 0; n < kLimbs<T>; ++n) {
+          if (together) {
+            for (int step = 2 * F; step < kWarp; step *= 2) limb[n] += __shfl_xor_sync(kFullMask, limb[n], step);
+          }
+          if (limb[n] == 0 || (together && (threadIdx.x & (kWarp - 1)) >= 2 * F)) continue;
+          atomicAdd(sums_of + ((base + row[s]) * F + k) * kLimbs<T> + n, static_cast<unsigned long long>(limb[n]));
+        }
       }
     }
     if (broken) units[unit].broken = 1;
@@ -495,12 +582,13 @@ cudaError_t AddAll(const HashGrid<T, T>& grid, Unit* units, int64_t bytes, cudaS
   const int64_t room = bytes - count * static_cast<int64_t>(sizeof(Unit));
   cudaError_t error = cudaMemsetAsync(units, 0, count * sizeof(Unit), stream);
   if (error != cudaSuccess) return error;
-  const uint32_t blocks_of_table = static_cast<uint32_t>(Min(CeilDiv(sums.points, 4 * kRows), CeilDiv(1024, tables)));
+  const uint32_t blocks_of_table = static_cast<uint32_t>(Min(CeilDiv(sums.points, 8 * kRows), CeilDiv(1024, tables)));
+  const dim3 blocks_of_magnitudes(static_cast<unsigned>(tables * blocks_of_table),
+                                  static_cast<unsigned>(CeilDiv(grid.levels * CeilDiv(grid.features, 2), kWarp)));
   Magnitudes<T, !std::is_same_v<N, T>>
-      <<<static_cast<unsigned>(tables * blocks_of_table), dim3(kWarp, kRows), 0, stream>>>(grid, find, sums,
-                                                                                           blocks_of_table, units);
+      <<<blocks_of_magnitudes, dim3(kWarp, kRows), 0, stream>>>(grid, find, sums, blocks_of_table, units);
 
-  const int64_t chunks_of_unit = CeilDiv(sums.points * grid.features, kThreads);
+  const int64_t chunks_of_unit = CeilDiv(sums.points * 2 * grid.features, kTurns * kThreads);
   for (int64_t begin = 0, end; begin < count; begin = end) {
     end = GroupEnd(grid, begin);
     int64_t rows = 0, most = 0;
@@ -529,18 +617,17 @@ cudaError_t AddAll(const HashGrid<T, T>& grid, Unit* units, int64_t bytes, cudaS
 
 template <class T, class N, int D>
 cudaError_t Launch(const HashGrid<T, T>& grid, T* parts, void* scratch, int64_t bytes, cudaStream_t stream) {
-  const int64_t points = Count(grid.batch) * grid.N, blocks = CeilDiv(points, kThreads);
-  const int64_t groups = CeilDiv(grid.levels, kLevelsOfThread), size = points * D;
+  const int64_t points = Count(grid.batch) * grid.N, blocks = CeilDiv(2 * points, kThreads), size = points * D;
+  const int64_t groups = CeilDiv(grid.levels, LevelsOfThread(grid.features));
   if (cudaError_t error = CheckGrid(blocks * groups); error != cudaSuccess) return error;
-  if (points > 0 && grid.y != nullptr) {
-    Features<T, N, D>
-        <<<static_cast<unsigned>(blocks * groups), kThreads, 0, stream>>>(grid, static_cast<uint32_t>(blocks));
-  }
-  if (points > 0 && grid.x_bar != nullptr) {
+  if (points > 0 && (grid.y != nullptr || grid.x_bar != nullptr)) {
     if (groups == 1) parts = grid.x_bar;
-    PositionBars<T, N, D>
-        <<<static_cast<unsigned>(blocks * groups), kThreads, 0, stream>>>(grid, static_cast<uint32_t>(blocks), parts);
-    if (groups > 1) {
+    const auto run = [&](auto kernel) {
+      kernel<<<static_cast<unsigned>(blocks * groups), kThreads, 0, stream>>>(grid, static_cast<uint32_t>(blocks),
+                                                                              parts);
+    };
+    grid.x_bar == nullptr ? run(&Points<T, N, D, false>) : run(&Points<T, N, D, true>);
+    if (grid.x_bar != nullptr && groups > 1) {
       SumGroups<<<static_cast<unsigned>(CeilDiv(size, kThreads)), kThreads, 0, stream>>>(size, static_cast<int>(groups),
                                                                                          parts, grid.x_bar);
     }

@@ -112,7 +112,7 @@ ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t featur
     using S = decltype(s);
     const auto read = Read<T, S>(in, given, want, {features, interpolation, scales, level_rows, strides, hashed});
     in.CheckCount(read.N * features, "batch * N * features");
-    const int64_t groups = KNN_ISA::CeilDiv(read.levels, kLevelsOfThread);
+    const int64_t groups = KNN_ISA::CeilDiv(read.levels, KNN_ISA::LevelsOfThread(read.features));
     T* parts =
         in.RetIf<T>(Bit(want, 0) && groups > 1, Batch{}, {groups, KNN_ISA::Count(read.batch) * read.N, read.dim});
     const int64_t bytes = in.NextRetSize();

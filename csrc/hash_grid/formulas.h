@@ -51,16 +51,19 @@ KNN_FN Place<T> PlaceOf(T x, T scale) {
   return {static_cast<uint32_t>(cell), whole ? T(0) : FusedFma(x, scale, T(0.5) - floor)};
 }
 
-// The rows, within their level, of a cell's corners, of which bits say on which sides they are: the number of each, or
-// its hash, modulo the level's rows, which are a power of two where rows are hashed. Other numbers are less unless the
-// point lies outside the unit cube, or the level is tiled.
-template <int D, int kCorners>
+// Of a cell's corners, bits say on which sides they are, from axis kFirst on: kernels that give either side of axis 0
+// to a thread of its own leave that axis out, and count it in `cell`.
+
+// The rows of corners within their level: the number of each, or its hash, modulo the level's rows, which are a power
+// of two where rows are hashed. Other numbers are less unless the point lies outside the unit cube, or the level is
+// tiled.
+template <int D, int kFirst = 0, int kCorners>
 KNN_FN void FindRows(const Level& level, const uint32_t (&cell)[D], uint32_t (&row)[kCorners]) {
   constexpr uint32_t kPrimes[] = {1u, 2654435761u, 805459861u, 3674653429u};
   if (level.hashed) {
     for (int b = 0; b < kCorners; ++b) {
       uint32_t hash = 0;
-      for (int d = 0; d < D; ++d) hash ^= (cell[d] + (b >> d & 1)) * kPrimes[d];
+      for (int d = 0; d < D; ++d) hash ^= (cell[d] + (d < kFirst ? 0 : b >> (d - kFirst) & 1)) * kPrimes[d];
       row[b] = hash & (level.rows - 1);
     }
   } else {
@@ -68,7 +71,7 @@ KNN_FN void FindRows(const Level& level, const uint32_t (&cell)[D], uint32_t (&r
     for (int d = 0; d < D; ++d) first += cell[d] * level.stride[d];
     for (int b = 0; b < kCorners; ++b) {
       uint32_t number = first;
-      for (int d = 0; d < D; ++d) number += (b >> d & 1) * level.stride[d];
+      for (int d = kFirst; d < D; ++d) number += (b >> (d - kFirst) & 1) * level.stride[d];
       row[b] = number < level.rows ? number : number % level.rows;
     }
   }
@@ -89,36 +92,37 @@ KNN_FN Sides<N> SidesOf(Interpolation interpolation, N f, T scale) {
 }
 
 // W_b of all corners.
-template <int D, class N>
-KNN_FN void CornerWeights(const Sides<N> (&sides)[D], N (&weight)[1 << D]) {
-  weight[0] = sides[0].lower;
-  weight[1] = sides[0].upper;
-  for (int d = 1; d < D; ++d) {
-    for (int b = 0; b < 1 << d; ++b) {
-      weight[b + (1 << d)] = weight[b] * sides[d].upper;
+template <int D, int kFirst = 0, class N>
+KNN_FN void CornerWeights(const Sides<N> (&sides)[D], N (&weight)[1 << (D - kFirst)]) {
+  weight[0] = sides[kFirst].lower;
+  weight[1] = sides[kFirst].upper;
+  for (int d = kFirst + 1; d < D; ++d) {
+    for (int b = 0; b < 1 << (d - kFirst); ++b) {
+      weight[b + (1 << (d - kFirst))] = weight[b] * sides[d].upper;
       weight[b] = weight[b] * sides[d].lower;
     }
   }
 }
 
-// Adds to x̄ what one level contributes, given u_b, which it overwrites: axis after axis is interpolated away, of the
-// values and of their differences along the axes before.
-template <int D, class N>
-KNN_FN void AddPositionBar(const Sides<N> (&sides)[D], N (&u)[1 << D], N (&x_bar)[D]) {
-  N difference[D][1 << (D - 1)];
-  for (int d = 0; d < D; ++d) {
+// Σ_b W_b u_b, and in difference[d] the same with ± in place of axis d's weights: axis after axis is interpolated away,
+// of the values and of their differences along the axes before. Overwrites u.
+template <int D, int kFirst = 0, class N>
+KNN_FN N Interpolate(const Sides<N> (&sides)[D], N (&u)[1 << (D - kFirst)], N (&difference)[D]) {
+  N along[D][1 << (D - 1 - kFirst)];
+  for (int d = kFirst; d < D; ++d) {
     const int half = 1 << (D - 1 - d);  // pairs along axis d, which is the lowest bit that is left
-    for (int e = 0; e < d; ++e) {
+    for (int e = kFirst; e < d; ++e) {
       for (int b = 0; b < half; ++b) {
-        difference[e][b] = sides[d].lower * difference[e][2 * b] + sides[d].upper * difference[e][2 * b + 1];
+        along[e][b] = sides[d].lower * along[e][2 * b] + sides[d].upper * along[e][2 * b + 1];
       }
     }
     for (int b = 0; b < half; ++b) {
-      difference[d][b] = u[2 * b + 1] - u[2 * b];
+      along[d][b] = u[2 * b + 1] - u[2 * b];
       u[b] = sides[d].lower * u[2 * b] + sides[d].upper * u[2 * b + 1];
     }
   }
-  for (int d = 0; d < D; ++d) x_bar[d] = x_bar[d] + sides[d].slope * difference[d][0];
+  for (int d = kFirst; d < D; ++d) difference[d] = along[d][0];
+  return u[0];
 }
 
 }  // namespace knn::KNN_ISA

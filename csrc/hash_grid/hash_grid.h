@@ -9,9 +9,9 @@ namespace knn {
 
 inline constexpr int kMaxGridLevels = 64, kMaxDim = 4;
 
-// On CUDA: levels that a thread goes through; how many bytes of sums are kept at a time, unless a level needs more; and
-// what is known of each unit.
-inline constexpr int kLevelsOfThread = 4, kSumBytes = 32 << 20, kUnitBytes = 16;
+// On CUDA: pairs of features that a thread goes through, which are those of one level or of several; how many bytes of
+// sums are kept at a time, unless a level needs more; and what is known of each unit.
+inline constexpr int kPairsOfThread = 4, kSumBytes = 32 << 20, kUnitBytes = 16;
 
 enum class Interpolation : int32_t { nearest, linear, smoothstep };
 
@@ -60,6 +60,9 @@ namespace knn::KNN_ISA {
 // Whole numbers of 64 bits that one sum in the table's gradient takes on CUDA.
 template <class T>
 inline constexpr int kLimbs = sizeof(T) / 4;
+
+// Levels that a thread goes through on CUDA.
+KNN_FN int LevelsOfThread(int features) { return kPairsOfThread / ((features + 1) / 2); }
 
 // The level that follows those, from `begin` on, whose sums are kept at the same time. A unit is a level of one of the
 // tables, in the order in which their rows lie in memory.

@@ -39,7 +39,8 @@ def _scratch(grid: HashGrid, platform: str, batch: Shape, x: Group, results: Gro
         return scratch
     x_bar, table_bar, _ = results
     dtype, points = x[0].dtype, size(batch) * x[0].shape[-2]
-    groups = -(-grid.levels // ffi.number("cuda.levels_of_thread"))
+    levels = ffi.number("cuda.pairs_of_thread") // -(-grid.features // 2)
+    groups = -(-grid.levels // levels)
     if x_bar is not None and groups > 1:
         scratch.append(jax.ShapeDtypeStruct((groups, points, grid.dim), dtype))
     if table_bar is not None:
