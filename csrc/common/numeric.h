@@ -109,6 +109,8 @@ KNN_FN double FusedFma(double a, double b, double c) { return ::fma(a, b, c); }
 
 KNN_FN float Floor(float x) { return ::floorf(x); }
 KNN_FN double Floor(double x) { return ::floor(x); }
+KNN_FN float Abs(float x) { return ::fabsf(x); }
+KNN_FN double Abs(double x) { return ::fabs(x); }
 KNN_FN float Exp(float x) { return ::expf(x); }
 KNN_FN double Exp(double x) { return ::exp(x); }
 KNN_FN float Sin(float x) { return ::sinf(x); }

@@ -105,6 +105,9 @@ __device__ __forceinline__ const T* FeaturesAt(const Operand<const T>& operand, 
                                  : reinterpret_cast<const T*>(reinterpret_cast<const uint16_t*>(operand.data) + i);
 }
 
+// Of a power of two, as numbers of features are.
+__device__ __forceinline__ int Log2(int x) { return 31 - __clz(x); }
+
 template <class N, class T>
 __device__ __forceinline__ N Joined(T value, T tangent) {
   if constexpr (std::is_same_v<N, T>) {
@@ -114,19 +117,31 @@ __device__ __forceinline__ N Joined(T value, T tangent) {
   }
 }
 
+// What a batch entry has for its points; null for what is not given.
+template <class T, class N>
+struct Entry {
+  static constexpr bool kDual = !std::is_same_v<N, T>;
+  const T *x, *v, *weights, *ct, *ct_moves;
+
+  __device__ __forceinline__ Entry(const HashGrid<T, T>& grid, int64_t b)
+      : x(At(grid.x.value, grid.batch, b)),
+        v(kDual ? AtOrNull(grid.x.tangent, grid.batch, b) : nullptr),
+        weights(At(grid.weights, grid.batch, b)),
+        ct(FeaturesAt(grid.ct.value, grid.batch, b, grid.stored)),
+        ct_moves(kDual ? FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored) : nullptr) {}
+};
+
 // A point, and its tangent.
 template <class T, class N, int D>
 struct Point {
   T x[D], v[D];
   bool reaches = true;
 
-  __device__ __forceinline__ Point(const HashGrid<T, T>& grid, int64_t b, int64_t i) {
-    const T* x_in = At(grid.x.value, grid.batch, b) + i * D;
-    const T* v_in = std::is_same_v<N, T> ? nullptr : AtOrNull(grid.x.tangent, grid.batch, b);
+  __device__ __forceinline__ Point(const HashGrid<T, T>& grid, const Entry<T, N>& entry, int64_t i) {
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-      x[d] = x_in[d];
-      v[d] = v_in == nullptr ? T(0) : v_in[i * D + d];
+      x[d] = entry.x[i * D + d];
+      v[d] = entry.v == nullptr ? T(0) : entry.v[i * D + d];
       reaches &= Reaches(x[d], grid.most_scale);
     }
   }
@@ -156,15 +171,17 @@ __device__ __forceinline__ void LoadCorners(const HashGrid<T, T>& grid, const T*
   constexpr bool kDual = !std::is_same_v<N, T>;
   const int F = grid.features, corners = grid.interpolation != Interpolation::nearest ? kCorners : side == 0 ? 1 : 0;
   const bool single = F == 1;
+  const uint64_t begin = first * F + k;
+  const auto place = [&](int c) { return begin + uint64_t{row[c]} * static_cast<uint32_t>(F); };
   RawPair<T> raw[kCorners] = {}, raw_moves[kDual ? kCorners : 1] = {};
 #pragma unroll
   for (int c = 0; c < kCorners; ++c) {
-    if (c < corners) raw[c] = Load(table, (first + row[c]) * F + k, grid.stored, single);
+    if (c < corners) raw[c] = Load(table, place(c), grid.stored, single);
   }
   if (kDual && moves != nullptr) {
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
-      if (c < corners) raw_moves[kDual ? c : 0] = Load(moves, (first + row[c]) * F + k, grid.stored, single);
+      if (c < corners) raw_moves[kDual ? c : 0] = Load(moves, place(c), grid.stored, single);
     }
   }
 #pragma unroll
@@ -258,7 +275,7 @@ struct HalfOfPairs {
 // Features, and what a group of levels adds to the gradient in x, in `parts` [groups, batch·N, D], whichever is wanted.
 // Two lanes have a point at the levels of a group.
 template <class T, class N, int D, bool kWantsX>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<N, Dual<float>>&& D < 4 ? 3 : 1)
     Points(const __grid_constant__ HashGrid<T, T> grid, uint32_t blocks_of_group, T* parts) {
   constexpr int kCorners = 1 << (D - 1);
   const uint32_t group = blockIdx.x / blocks_of_group, size = static_cast<uint32_t>(grid.N);
@@ -268,31 +285,31 @@ __global__ void __launch_bounds__(kThreads)
   const bool exists = thread / 2 < points;
   const uint32_t number = exists ? thread / 2 : 0, entry = number / size;  // lanes without a point have the first
   const int64_t b = entry, i = number - entry * size;
-  const int F = grid.features, outputs = grid.levels * F, pairs = (F + 1) / 2;
+  const int F = grid.features, outputs = grid.levels * F, pairs = (F + 1) / 2, log2_pairs = Log2(pairs);
   const int begin = static_cast<int>(group) * LevelsOfThread(F),
             count = min(kPairsOfThread, (grid.levels - begin) * pairs);
   const bool single = F == 1, nearest = grid.interpolation == Interpolation::nearest;
   const bool wants_x = kWantsX && !nearest;
 
-  const Point<T, N, D> point(grid, b, i);
-  const T* weights = At(grid.weights, grid.batch, b);
+  const Entry<T, N> of(grid, b);
+  const Point<T, N, D> point(grid, of, i);
   const T* table = FeaturesAt(grid.table.value, grid.batch, b, grid.stored);
   const T* moves = FeaturesAt(grid.table.tangent, grid.batch, b, grid.stored);
   const int64_t at = i * outputs + begin * F;
   HalfOfPairs<T> y, ct, ct_moves;
-  ct.Read(FeaturesAt(grid.ct.value, grid.batch, b, grid.stored), at, wants_x ? count : 0, grid);
+  ct.Read(of.ct, at, wants_x ? count : 0, grid);
   if constexpr (!std::is_same_v<N, T>) {
-    ct_moves.Read(FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored), at, wants_x ? count : 0, grid);
+    ct_moves.Read(of.ct_moves, at, wants_x ? count : 0, grid);
   }
   Sides<N> sides[D];
   uint32_t cell[D], row[kCorners];
   N bar[D] = {};
 #pragma unroll 1
   for (int s = 0; s < count; ++s) {
-    const int l = begin + s / pairs, k = s % pairs * 2;
+    const int l = begin + (s >> log2_pairs), k = (s & (pairs - 1)) * 2;
     const Level& level = grid.level[l];
     if (k == 0) point.Find(grid, level, side, sides, cell, row);
-    const T m = weights[l];
+    const T m = of.weights[l];
     const N mine = nearest ? Constant<N>(T(1)) : side == 0 ? sides[0].lower : sides[0].upper;
     N features_a[kCorners], features_b[kCorners], u[kCorners], difference[D];
     LoadCorners<T, N, D>(grid, table, moves, level.first, side, row, k, features_a, features_b);
@@ -447,7 +464,7 @@ __global__ void __launch_bounds__(kThreads)
                uint32_t chunks_of_unit, int64_t first_unit, int64_t end_unit, bool mark, Unit* units,
                unsigned long long* sums_of) {
   constexpr int kCorners = 1 << (D - 1);
-  const int F = grid.features, outputs = grid.levels * F;
+  const int F = grid.features, outputs = grid.levels * F, log2_features = Log2(F);
   const int64_t first_row = first_unit / grid.levels * grid.rows + grid.level[first_unit % grid.levels].first;
   const int64_t chunks = (end_unit - first_unit) * chunks_of_unit;
   if (mark) {
@@ -466,16 +483,20 @@ __global__ void __launch_bounds__(kThreads)
     const Level& level = grid.level[l];
     const double power = Power(Exponent(units[unit].most, sums.headroom));
     const int64_t base = int64_t{c} * grid.rows + level.first - first_row;
+    unsigned long long* const sums_of_level = sums_of + base * F * kLimbs<T>;
     bool broken = false;
+    int64_t entry = 0;
+    Entry<T, N> of(grid, entry);
 #pragma unroll 1
     for (int turn = 0; turn < kTurns; ++turn) {
       const uint32_t piece = static_cast<uint32_t>(chunk - int64_t{of_group} * chunks_of_unit) * kTurns + turn;
-      const uint32_t t = piece * kThreads + threadIdx.x, p = t / (2 * F), lane = t - p * (2 * F);
-      const int side = static_cast<int>(lane) >= F ? 1 : 0, k = lane - side * F;
+      const uint32_t t = piece * kThreads + threadIdx.x, p = t >> (log2_features + 1);
+      const int side = t >> log2_features & 1, k = t & (F - 1);
       const bool exists = p < sums.points;
       int64_t b, i;
       find(c, exists ? p : 0, &b, &i);
-      const Point<T, N, D> point(grid, b, i);
+      if (b != entry) of = Entry<T, N>(grid, entry = b);
+      const Point<T, N, D> point(grid, of, i);
       const bool adds = exists && point.reaches;
       Sides<N> sides[D];
       uint32_t cell[D], row[kCorners];
@@ -489,12 +510,10 @@ __global__ void __launch_bounds__(kThreads)
         mine = weight[0] = Constant<N>(T(1));
       }
       const int64_t at = i * outputs + l * F + k;
-      const T m = At(grid.weights, grid.batch, b)[l];
-      const T* ct = FeaturesAt(grid.ct.value, grid.batch, b, grid.stored);
-      const T* ct_moves = std::is_same_v<N, T> ? nullptr : FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored);
-      const T value = Converted<T>(Load(ct, at, grid.stored, true), grid.stored).a;
-      const T tangent = ct_moves == nullptr ? T(0) : Converted<T>(Load(ct_moves, at, grid.stored, true), grid.stored).a;
-      const N bar = mine * (m * Joined<N>(value, tangent));
+      const T value = Converted<T>(Load(of.ct, at, grid.stored, true), grid.stored).a;
+      T tangent = 0;
+      if (of.ct_moves != nullptr) tangent = Converted<T>(Load(of.ct_moves, at, grid.stored, true), grid.stored).a;
+      const N bar = mine * (of.weights[l] * Joined<N>(value, tangent));
       if (mark) {
 #pragma unroll
         for (int s = 0; s < kCorners; ++s) {
@@ -526,7 +545,8 @@ __global__ void __launch_bounds__(kThreads)
             for (int step = 2 * F; step < kWarp; step *= 2) limb[n] += __shfl_xor_sync(kFullMask, limb[n], step);
           }
           if (limb[n] == 0 || (together && (threadIdx.x & (kWarp - 1)) >= 2 * F)) continue;
-          atomicAdd(sums_of + ((base + row[s]) * F + k) * kLimbs<T> + n, static_cast<unsigned long long>(limb[n]));
+          atomicAdd(sums_of_level + uint64_t{row[s]} * static_cast<uint32_t>(F * kLimbs<T>) + (k * kLimbs<T> + n),
+                    static_cast<unsigned long long>(limb[n]));
         }
       }
     }

@@ -29,9 +29,7 @@ namespace knn::KNN_ISA {
 // row.
 template <class T>
 KNN_FN bool Reaches(T x, float most_scale) {
-  const T most = x * static_cast<T>(most_scale);
-  return most <= Precision<T>::kMost && most >= -Precision<T>::kMost && x <= Precision<T>::kMost &&
-         x >= -Precision<T>::kMost;
+  return Abs(x * static_cast<T>(most_scale)) <= Precision<T>::kMost && Abs(x) <= Precision<T>::kMost;
 }
 
 // Where a point lies along one axis of a level.
