@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from jax import lax
 from ...core import checks
 from ...core.checks import Array, Implementation
 from .activations import Activation, resolve
-from .reference import reference
+from .kernels import Layout, family
 
 _DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
 
@@ -61,12 +63,20 @@ def mlp(
     _check_dtypes(parts, w, b)
     _check_shapes(parts, w, b)
     hidden, last = resolve("activation", activation), resolve("output_activation", output_activation)
-    if implementation == "ffi":
-        raise NotImplementedError(
-            "mlp: implementation='ffi' was asked for, but there is no kernel for it yet, on any platform; "
-            "implementation=None uses pure JAX."
-        )
-    return reference(parts, w, b, hidden, last, precision)
+    layout = Layout(len(parts), len(w), b is not None, hidden, last, _precision(precision))
+    shared = (1,) * (parts[0].ndim - 2)
+    parameters = [a.reshape(*shared, *a.shape) for a in (*w, *(b or ()))]
+    return family(layout)(*parts, *parameters, implementation=implementation)[0]
+
+
+def _precision(value: lax.PrecisionLike) -> Any:
+    """A lax.Precision, where it is one by any name; else as it is, if it is one of JAX's."""
+    value = jax.config.jax_default_matmul_precision if value is None else value
+    with contextlib.suppress(ValueError):
+        return lax.Precision("default" if value is None else value)
+    one = jnp.ones((1, 1), jnp.float32)
+    jax.eval_shape(functools.partial(lax.dot, precision=value), one, one)
+    return value
 
 
 def _arrays(name: str, some: Any) -> list[jax.Array]:
