@@ -57,39 +57,81 @@ KNN_FN Vec<T> ByLane(Vec<T> x, F&& function) {
   return Vec<T>::Load(lanes);
 }
 
-// c[0] + c[1] x + c[2] x² + …
-template <class T, int n>
-KNN_FN Vec<T> Polynomial(Vec<T> x, const double (&c)[n]) {
-  Vec<T> sum = Vec<T>::Broadcast(static_cast<T>(c[n - 1]));
-  for (int i = n - 2; i >= 0; --i) sum = Fma(sum, x, Vec<T>::Broadcast(static_cast<T>(c[i])));
-  return sum;
+// ---- Polynomials
+
+template <int n>
+struct Series {
+  double c[n] = {};
+
+  // f(0), f(1), …
+  template <class F>
+  static constexpr Series Of(F&& f) {
+    Series series;
+    for (int i = 0; i < n; ++i) series.c[i] = f(i);
+    return series;
+  }
+};
+constexpr double Factorial(int n) { return n < 2 ? 1 : n * Factorial(n - 1); }
+
+// c[0] + c[1] x + c[2] x² + … by Estrin's scheme: powers[k] is x to the 2ᵏ, and halves do not wait for each other.
+template <int n, class T>
+KNN_FN Vec<T> Estrin(const double* c, const Vec<T>* powers) {
+  const auto at = [&](int i) { return Vec<T>::Broadcast(static_cast<T>(c[i])); };
+  if constexpr (n == 1) {
+    return at(0);
+  } else if constexpr (n == 2) {
+    return Fma(at(1), powers[0], at(0));
+  } else {
+    constexpr int kLog = n > 16 ? 4 : n > 8 ? 3 : n > 4 ? 2 : 1, kHalf = 1 << kLog;
+    return Fma(Estrin<n - kHalf>(c + kHalf, powers), powers[kLog], Estrin<kHalf>(c, powers));
+  }
+}
+template <int n, class T>
+KNN_FN Vec<T> Polynomial(const Series<n>& series, Vec<T> x) {
+  Vec<T> powers[5] = {x};
+  for (int k = 1; k < 5; ++k) powers[k] = powers[k - 1] * powers[k - 1];
+  return Estrin<n>(series.c, powers);
 }
 
-// e^x − 1: by Taylor's series where the difference would cancel.
+// ---- Functions
+
+// 1 + x/2! + x²/3! + …, which times x is e^x − 1 for small x.
+template <class T>
+KNN_FN Vec<T> Expm1Series(Vec<T> x) {
+  constexpr auto kSeries = Series < sizeof(T) == 4 ? 7 : 13 > ::Of([](int i) { return 1 / Factorial(i + 1); });
+  return Polynomial(kSeries, x);
+}
+
+// e^x for x <= 0, as Exp of simd.h but 0 where it is subnormal, and faster.
+template <class T>
+KNN_FN Vec<T> ExpOfNegative(Vec<T> x) {
+  using V = Vec<T>;
+  using Bits = decltype(x.v < x.v);
+  constexpr bool kFloat = sizeof(T) == 4;
+  constexpr int kMantissa = kFloat ? 23 : 52, kBias = kFloat ? 127 : 1023;
+  constexpr double kHigh = kFloat ? 0x1.62ep-1 : 0x1.62e42feep-1;  // ln 2 in parts
+  constexpr double kLow = kFloat ? 0x1.0bfbe8p-15 : 0x1.a39ef35793c76p-33;
+  const auto constant = [](double c) { return V::Broadcast(static_cast<T>(c)); };
+  const V least = constant(kFloat ? -87 : -708), within = Max(least, x), magic = constant(kFloat ? 0x1.8p23 : 0x1.8p52);
+  const V shifted = Fma(within, constant(1.4426950408889634), magic), n = shifted - magic;
+  const V r = Fma(-n, constant(kLow), Fma(-n, constant(kHigh), within));
+  const V power = {(typename V::Native)(((Bits)shifted.v - (Bits)magic.v + kBias) << kMantissa)};
+  return SelectLess(x, least, V{}, Fma(Expm1Series(r), r, constant(1)) * power);
+}
+
+// e^x − 1 for x <= 0: by Taylor's series where the difference would cancel.
 template <class T>
 KNN_FN Vec<T> Expm1(Vec<T> x) {
-  using V = Vec<T>;
-  const V limit = V::Broadcast(static_cast<T>(0.35));
-  double factorial = 1;
-  constexpr int kDegree = sizeof(T) == 4 ? 7 : 13;
-  V sum = {};
-  for (int i = 2; i <= kDegree; ++i) factorial *= i;
-  for (int i = kDegree; i >= 1; --i) {
-    sum = Fma(sum, x, V::Broadcast(static_cast<T>(1 / factorial)));
-    factorial /= i;
-  }
-  return SelectLess(Abs(x), limit, sum * x, Exp(x) - V::Broadcast(1));
+  const Vec<T> limit = Vec<T>::Broadcast(static_cast<T>(0.35));
+  return SelectLess(Abs(x), limit, Expm1Series(x) * x, ExpOfNegative(x) - Vec<T>::Broadcast(1));
 }
 
 // log(1 + x) for 0 <= x <= 1: 2 artanh(s) at s = x / (2 + x), by Taylor's series.
 template <class T>
 KNN_FN Vec<T> Log1p(Vec<T> x) {
-  using V = Vec<T>;
-  constexpr int kTerms = sizeof(T) == 4 ? 8 : 17;
-  const V s = x / (x + V::Broadcast(2)), square = s * s;
-  V sum = {};
-  for (int i = kTerms - 1; i >= 0; --i) sum = Fma(sum, square, V::Broadcast(static_cast<T>(2.0 / (2 * i + 1))));
-  return sum * s;
+  constexpr auto kSeries = Series < sizeof(T) == 4 ? 8 : 17 > ::Of([](int i) { return 2.0 / (2 * i + 1); });
+  const Vec<T> s = x / (x + Vec<T>::Broadcast(2));
+  return Polynomial(kSeries, s * s) * s;
 }
 
 // sin(x + q π/2). With n the integer nearest to x / (π/2), Taylor's series at x − n π/2; lanes far out one by one.
@@ -111,16 +153,9 @@ KNN_FN Vec<T> SinShifted(Vec<T> x) {
   V r = x;
   for (double part : kParts) r = Fma(-n, V::Broadcast(static_cast<T>(part)), r);
   const V square = r * r;
-  V sin = {}, cos = {};
-  double factorial = 1;  // of 2 i
-  for (int i = 1; i <= 2 * kTerms; ++i) factorial *= i;
-  for (int i = kTerms; i >= 0; --i) {
-    const double sign = i % 2 == 0 ? 1 : -1;
-    cos = Fma(cos, square, V::Broadcast(static_cast<T>(sign / factorial)));
-    sin = Fma(sin, square, V::Broadcast(static_cast<T>(sign / (factorial * (2 * i + 1)))));
-    factorial /= i == 0 ? 1 : 2 * i * (2 * i - 1);
-  }
-  sin = sin * r;
+  constexpr auto kSin = Series<kTerms>::Of([](int i) { return (i % 2 == 0 ? 1 : -1) / Factorial(2 * i + 1); });
+  constexpr auto kCos = Series<kTerms + 1>::Of([](int i) { return (i % 2 == 0 ? 1 : -1) / Factorial(2 * i); });
+  const V sin = Polynomial(kSin, square) * r, cos = Polynomial(kCos, square);
   const Bits quarter = (Bits)shifted.v - (Bits)magic.v + q;
   const V size = Select((quarter & 1) != 0, cos, sin);
   return Select((quarter & 2) != 0, -size, size);
@@ -138,10 +173,10 @@ KNN_FN Vec<T> Cos(Vec<T> x) {
 // 1 − erf(x), to 1e-6 of its size (Press et al., Numerical Recipes: erfcc).
 KNN_FN Vec<float> Erfc(Vec<float> x) {
   using V = Vec<float>;
-  constexpr double kSeries[] = {-1.26551223, 1.00002368,  0.37409196, 0.09678418,  -0.18628806,
-                                0.27886807,  -1.13520398, 1.48851587, -0.82215223, 0.17087277};
+  constexpr Series<10> kSeries = {{-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807,
+                                   -1.13520398, 1.48851587, -0.82215223, 0.17087277}};
   const V z = Abs(x), t = V::Broadcast(1) / Fma(z, V::Broadcast(0.5f), V::Broadcast(1));
-  const V upper = t * Exp(Polynomial(t, kSeries) - z * z);
+  const V upper = t * ExpOfNegative(Polynomial(kSeries, t) - z * z);
   return SelectLess(x, V{}, V::Broadcast(2) - upper, upper);
 }
 KNN_FN Vec<double> Erfc(Vec<double> x) {

@@ -29,6 +29,8 @@ namespace knn::KNN_ISA {
 // What formulas use besides what numbers have in common/numeric.h; of vectors see cpu.cc.
 KNN_FN float Sqrt(float x) { return ::sqrtf(x); }
 KNN_FN double Sqrt(double x) { return ::sqrt(x); }
+KNN_FN float ExpOfNegative(float x) { return Exp(x); }
+KNN_FN double ExpOfNegative(double x) { return Exp(x); }
 KNN_FN float Expm1(float x) { return ::expm1f(x); }
 KNN_FN double Expm1(double x) { return ::expm1(x); }
 KNN_FN float Log1p(float x) { return ::log1pf(x); }
@@ -67,7 +69,7 @@ struct Logistic {
 template <class V>
 KNN_FN Logistic<V> LogisticOf(V z) {
   const V zero = Number<V>(0), one = Number<V>(1);
-  const V e = Exp(SelectLess(z, zero, z, -z)), larger = one / (one + e), smaller = e * larger;
+  const V e = ExpOfNegative(SelectLess(z, zero, z, -z)), larger = one / (one + e), smaller = e * larger;
   return {SelectLess(z, zero, smaller, larger), SelectLess(z, zero, larger, smaller), Log1p(e)};
 }
 
@@ -93,7 +95,7 @@ KNN_FN Jet<V> Activate(V p, double c) {
     return {p * l.s, l.s + p * slope, slope * (Number<V>(2) + p * (l.rest - l.s))};
   } else if constexpr (kind == K::tanh) {
     // With e = exp(−2|p|), |tanh p| = (1 − e) / (1 + e) and its derivative is 4 e / (1 + e)².
-    const V z = Scale(-2, SelectLess(p, zero, -p, p)), e = Exp(z), scale = one / (one + e);
+    const V z = Scale(-2, SelectLess(p, zero, -p, p)), e = ExpOfNegative(z), scale = one / (one + e);
     const V size = -Expm1(z) * scale, t = SelectLess(p, zero, -size, size), slope = Scale(4, e) * (scale * scale);
     return {t, slope, Scale(-2, t * slope)};
   } else if constexpr (kind == K::sigmoid) {
@@ -109,8 +111,8 @@ KNN_FN Jet<V> Activate(V p, double c) {
     const V k = Number<V>(2 / c), half = Number<V>(1 / c), size = SelectLess(p, zero, -p, p);
     const V larger = SelectLess(size, k, k, size), smaller = SelectLess(size, k, size, k), ratio = smaller / larger;
     const V h = larger * Sqrt(one + ratio * ratio), far = Scale(0.5, h) + Scale(0.5, size);
-    const V value = SelectLess(p, zero, half * (half / far), far), inverse = one / h, part = k * inverse;
-    return {value, value * inverse, part * part * Scale(0.5, inverse)};
+    const V value = SelectLess(p, zero, half * (half / far), far), part = k / h;
+    return {value, value / h, part * part * (Number<V>(0.5) / h)};
   } else if constexpr (kind == K::gelu) {
     // p s(w(p)) with w = 2 √(2/π) (p + 0.044715 p³), as (1 + tanh(w/2))/2 is the logistic function s of w. Where w is
     // so large that s is 0 or 1, its argument is kept from overflowing.
@@ -124,7 +126,7 @@ KNN_FN Jet<V> Activate(V p, double c) {
   } else if constexpr (kind == K::gelu_exact) {
     // p Φ(p), with Φ = erfc(−p/√2)/2 and its derivative φ.
     const V below = Scale(0.5, Erfc(Scale(-0.7071067811865476, p)));
-    const V density = Scale(0.3989422804014327, Exp(Scale(-0.5, p * p)));
+    const V density = Scale(0.3989422804014327, ExpOfNegative(Scale(-0.5, p * p)));
     return {p * below, below + p * density, density * Number<V>(2) - p * (p * density)};
   } else {
     return {p, one, zero};
