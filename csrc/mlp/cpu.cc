@@ -26,8 +26,42 @@ template <class T>
 inline constexpr int kPanel = 2 * Vec<T>::kLanes;  // rows
 // Features from one panel to the next: an odd number, as panels a power of two apart would share few sets of the cache.
 KNN_FN constexpr int64_t Step(int64_t width) { return width | 1; }
-// A tile has so many rows, or as many as need so many bytes.
-inline constexpr int64_t kTileRows = 128, kTileBytes = 320 << 10;
+// A tile has as many rows as need so many bytes, within limits; fewer where there would be fewer tiles than kShares.
+inline constexpr int64_t kTileBytes = 320 << 10, kLeastRows = 64, kMostRows = 128, kShares = 16;
+
+// ---- Transposition
+
+template <class T, class S>
+KNN_FN void Convert(S x, Stored stored, T* out) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    Narrow(x, stored, out);
+  } else {
+    *out = Widen(x, stored);
+  }
+}
+
+// out[k, r] = x[r, k] for n rows of `columns`; steps are from one row to the next.
+template <class T, class S>
+void Transposed(const S* x, int64_t step, int64_t n, int64_t columns, Stored stored, T* out, int64_t out_step) {
+  int64_t whole_rows = 0, whole_columns = 0;
+  if constexpr (std::is_same_v<T, S>) {
+    constexpr int kLanes = Vec<T>::kLanes;
+    whole_rows = n / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
+    for (int64_t r = 0; r < whole_rows; r += kLanes) {
+      for (int64_t k = 0; k < whole_columns; k += kLanes) {
+        Vec<T> block[kLanes];
+        for (int v = 0; v < kLanes; ++v) block[v] = Vec<T>::Load(x + (r + v) * step + k);
+        Transpose(block);
+        for (int v = 0; v < kLanes; ++v) block[v].Store(out + (k + v) * out_step + r);
+      }
+    }
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t k = r < whole_rows ? whole_columns : 0; k < columns; ++k) {
+      Convert(x[r * step + k], stored, out + k * out_step + r);
+    }
+  }
+}
 
 // ---- Matrix products
 
@@ -88,24 +122,6 @@ void Multiply(Weights<T> w, int outs, int64_t ins, const T* x, const T* bias, bo
   for (; o < outs; ++o) some(std::integral_constant<int, 1>(), o);
 }
 
-// Features [first, first + kPanel) of a tile's n rows, those of a row together; zeros behind the last feature.
-template <class T>
-void TransposeTile(const T* x, int width, int first, int64_t n, T* out) {
-  using V = Vec<T>;
-  constexpr int kLanes = V::kLanes;
-  for (int64_t row = 0; row < n; row += kLanes) {
-    const T* from = x + (row / kPanel<T> * Step(width) + first) * kPanel<T> + row % kPanel<T>;
-    for (int half = 0; half < kPanel<T>; half += kLanes) {
-      V block[kLanes];
-      for (int k = 0; k < kLanes; ++k) {
-        block[k] = first + half + k < width ? V::Load(from + (half + k) * kPanel<T>) : V{};
-      }
-      Transpose(block);
-      for (int r = 0; r < kLanes; ++r) block[r].Store(out + (row + r) * kPanel<T> + half);
-    }
-  }
-}
-
 // sums[o, i] += Σ β_o h_i over a tile's n rows, as a product of β with the transpose of h; `memory` takes kPanel
 // features of a tile. Sums lie in panels of kPanel i, in which those of each o are
 // together.
@@ -113,7 +129,11 @@ template <class T>
 void AddOuter(const T* beta, int outs, const T* h, int ins, int64_t n, T* memory, T* sums) {
   const Weights<T> w = {beta, kPanel<T>, 1, kPanel<T>, (Step(outs) - 1) * kPanel<T>};
   for (int i = 0; i < ins; i += kPanel<T>, sums += int64_t{outs} * kPanel<T>) {
-    TransposeTile(h, ins, i, n, memory);
+    const int some = static_cast<int>(Min(kPanel<T>, ins - i));
+    for (int64_t row = 0; row < n; row += kPanel<T>) {
+      const T* panel = h + (row / kPanel<T> * Step(ins) + i) * kPanel<T>;
+      Transposed(panel, kPanel<T>, some, kPanel<T>, Stored::whole, memory + row * kPanel<T>, kPanel<T>);
+    }
     Multiply<T>(w, outs, n, memory, nullptr, true, 1, sums);
   }
 }
@@ -170,22 +190,22 @@ void ThroughActivation(int64_t n, const T* slope, const T* bend, bool dual, T* a
 
 // ---- Rows in memory and in tiles
 
-// Columns [first, first + columns) of a tile of `width` from n rows of x; zero if x is null. Panels are filled up with
-// zeros.
+// Columns [first, first + columns) of a tile of `width` from n rows of x; zero if x is null.
 template <class T, class S>
-void LoadRows(const S* x, Stored stored, int64_t n, int columns, int first, int width, T* tile) {
-  for (int64_t row = 0; row < CeilDiv(n, kPanel<T>) * kPanel<T>; ++row) {
-    T* to = tile + (row / kPanel<T> * Step(width) + first) * kPanel<T> + row % kPanel<T>;
-    const bool given = x != nullptr && row < n;
-    for (int k = 0; k < columns; ++k) to[k * kPanel<T>] = given ? Widen(x[row * columns + k], stored) : T(0);
+void LoadRows(const S* x, Stored stored, int64_t n, int64_t columns, int first, int width, T* tile) {
+  for (int64_t row = 0; row < n; row += kPanel<T>) {
+    T* panel = tile + (row / kPanel<T> * Step(width) + first) * kPanel<T>;
+    const int64_t rows = Min(kPanel<T>, n - row);
+    if (x == nullptr || rows < kPanel<T>) std::fill_n(panel, columns * kPanel<T>, T(0));
+    if (x != nullptr) Transposed(x + row * columns, columns, rows, columns, stored, panel, kPanel<T>);
   }
 }
 
 template <class T, class S>
-void StoreRows(const T* tile, Stored stored, int64_t n, int columns, int first, int width, S* y) {
-  for (int64_t row = 0; row < n; ++row) {
-    const T* from = tile + (row / kPanel<T> * Step(width) + first) * kPanel<T> + row % kPanel<T>;
-    for (int k = 0; k < columns; ++k) Narrow(from[k * kPanel<T>], stored, y + row * columns + k);
+void StoreRows(const T* tile, Stored stored, int64_t n, int64_t columns, int first, int width, S* y) {
+  for (int64_t row = 0; row < n; row += kPanel<T>) {
+    const T* panel = tile + (row / kPanel<T> * Step(width) + first) * kPanel<T>;
+    Transposed(panel, kPanel<T>, columns, Min(kPanel<T>, n - row), stored, y + row * columns, columns);
   }
 }
 
@@ -252,8 +272,10 @@ struct Network {
     for (int l = L; l > 0; --l) turns[l - 1] = turns[l] || curved[l] || Moves(args.weight[l - 1]);
     tile = 1;
     row_size = Place(nullptr);
-    tile = std::clamp<int64_t>(kTileBytes / (row_size * sizeof(T)), kPanel<T>, kTileRows) / kPanel<T> * kPanel<T>;
-    tile = Min(tile, CeilDiv(Max(args.N, 1), kPanel<T>) * kPanel<T>);
+    tile = std::clamp<int64_t>(kTileBytes / (row_size * sizeof(T)), kLeastRows, kMostRows);
+    tile = Min(tile,
+               Max(CeilDiv(args.N * Max(Count(args.batch), 1), kShares), 2 * kPanel<T>));  // work for several threads
+    tile = CeilDiv(Min(tile, Max(args.N, 1)), kPanel<T>) * kPanel<T>;
   }
 
   static bool Moves(const Input<S>& input) { return input.tangent.data != nullptr; }
@@ -309,9 +331,12 @@ struct Network {
   int64_t TilesOfRows() const { return CeilDiv(args.N, tile); }
   int64_t Tiles() const { return Count(args.batch) / Max(1, Entries()) * TilesOfRows(); }
   int64_t Pieces() const {
-    constexpr int64_t kMost = 128, kBytes = 64 << 20;
-    const int64_t most = sums ? Min(kMost, Max(8, kBytes / Max(1, SumSize(args.layers) * sizeof(T)))) : 2 * kMost;
-    return Max(1, Min(CeilDiv(Tiles(), 4), most / Max(1, Entries())));
+    // Sums take memory, and time that rows have to make up for.
+    constexpr int64_t kMost = 64, kBytes = 64 << 20;
+    const int64_t bytes = sums ? SumSize(args.layers) * sizeof(T) : 0;
+    const int64_t most = bytes > 0 ? std::clamp<int64_t>(kBytes / bytes, 8, kMost) : 4 * kMost;
+    const int64_t least_rows = std::clamp<int64_t>(bytes >> 10, 64, 512);
+    return Max(1, Min(CeilDiv(Tiles() * tile, least_rows), Min(Tiles(), most / Max(1, Entries()))));
   }
   int64_t Tasks() const { return Entries() * Pieces(); }
 
@@ -323,53 +348,96 @@ struct Network {
   };
   int64_t SlotCount() const { return Min(kSlots, Tasks()); }
   int64_t SlotSize() const { return CeilDiv(row_size * tile, 16) * 16; }
+  // Copies of parameters: of those in 16 bits, as T; and of weights, for the way back, transposed.
+  struct Parameter {
+    const Operand<const S>* from;
+    int64_t rows, columns;
+    bool wide, transposed;
+    int64_t Size() const { return rows * columns; }
+  };
   template <class Visit>
-  void ForEachParameter(Visit&& visit) const {  // visit(operand, elements of an entry)
+  void ForEachParameter(Visit&& visit) const {
     for (int l = 0; l < args.layers; ++l) {
-      for (const auto* o : {&args.weight[l].value, &args.weight[l].tangent}) visit(*o, WeightSize(l));
-      for (const auto* o : {&args.bias[l].value, &args.bias[l].tangent}) visit(*o, int64_t{args.width[l + 1]});
+      const int64_t ins = args.width[l], outs = args.width[l + 1];
+      for (const auto* o : {&args.weight[l].value, &args.weight[l].tangent}) {
+        visit(Parameter{o, outs, ins, kNarrow, back});
+      }
+      for (const auto* o : {&args.bias[l].value, &args.bias[l].tangent}) visit(Parameter{o, 1, outs, kNarrow, false});
     }
   }
-  int64_t Elements(const Operand<const S>& o, int64_t core) const {
-    if (o.data == nullptr) return 0;
-    for (int b = 0; b < args.batch.ndim; ++b) core *= o.stride[b] == 0 ? 1 : args.batch.size[b];
-    return core;
+  int64_t EntriesOf(const Operand<const S>& o) const {
+    int64_t entries = o.data == nullptr ? 0 : 1;
+    for (int b = 0; b < args.batch.ndim; ++b) entries *= o.stride[b] == 0 ? 1 : args.batch.size[b];
+    return entries;
   }
-  int64_t WideSize() const {
+  int64_t CopySize() const {
     int64_t size = 0;
-    if (kNarrow) ForEachParameter([&](const auto& o, int64_t core) { size += Elements(o, core); });
+    ForEachParameter([&](const Parameter& p) { size += EntriesOf(*p.from) * p.Size() * (p.wide + p.transposed); });
     return size;
+  }
+  int64_t CopyTasks() const {
+    int64_t tasks = 0;
+    ForEachParameter([&](const Parameter& p) { tasks += p.wide || p.transposed ? EntriesOf(*p.from) : 0; });
+    return tasks;
+  }
+  // Task i of these.
+  void Copy(void* scratch, int64_t i) const {
+    T* to = Copies(scratch);
+    ForEachParameter([&](const Parameter& p) {
+      if (!p.wide && !p.transposed) return;
+      const int64_t entries = EntriesOf(*p.from), at = i * p.Size();
+      if (i >= 0 && i < entries) {
+        const S* from = p.from->data + at;
+        if (p.wide) {
+          for (int64_t k = 0; k < p.Size(); ++k) Convert(from[k], args.stored, to + at + k);
+        }
+        if (p.transposed) {
+          T* out = to + at + (p.wide ? entries * p.Size() : 0);
+          Transposed(from, p.columns, p.rows, p.columns, args.stored, out, p.rows);
+        }
+      }
+      to += entries * p.Size() * (p.wide + p.transposed);
+      i -= entries;
+    });
   }
   int64_t Bytes() const {
     const int64_t sum_size = sums ? Tasks() * SumSize(args.layers) : 0;
-    return sizeof(Slots) + (SlotCount() * SlotSize() + WideSize() + sum_size) * sizeof(T);
+    return sizeof(Slots) + (SlotCount() * SlotSize() + CopySize() + sum_size) * sizeof(T);
   }
   T* SlotAt(void* scratch, int64_t slot) const {
     return reinterpret_cast<T*>(static_cast<char*>(scratch) + sizeof(Slots)) + slot * SlotSize();
   }
-  T* Wide(void* scratch) const { return SlotAt(scratch, SlotCount()); }
-  T* SumsAt(void* scratch, int64_t task) const { return Wide(scratch) + WideSize() + task * SumSize(args.layers); }
+  T* Copies(void* scratch) const { return SlotAt(scratch, SlotCount()); }
+  T* SumsAt(void* scratch, int64_t task) const { return Copies(scratch) + CopySize() + task * SumSize(args.layers); }
 
   // ---- One tile
 
   // A layer's parameters in a batch entry, as T.
   struct Parameters {
-    const T *weight, *d_weight, *bias, *d_bias;
+    const T *weight, *d_weight, *bias, *d_bias, *transposed, *d_transposed;
   };
   void Find(int64_t entry, void* scratch, Parameters (&at)[kMaxLayers]) const {
-    const T* found[4 * kMaxLayers];
-    const T* wide = Wide(scratch);
+    const T* copy = Copies(scratch);
     int n = 0;
-    ForEachParameter([&](const Operand<const S>& o, int64_t core) {
-      const S* data = AtOrNull(o, args.batch, entry);
+    ForEachParameter([&](const Parameter& p) {
+      const S* data = AtOrNull(*p.from, args.batch, entry);
+      const int64_t offset = data == nullptr ? 0 : data - p.from->data, size = EntriesOf(*p.from) * p.Size();
+      const T *found = nullptr, *transposed = nullptr;
       if constexpr (kNarrow) {
-        found[n++] = data == nullptr ? nullptr : wide + (data - o.data);
-        wide += Elements(o, core);
+        if (data != nullptr) found = copy + offset;
+        copy += size;
       } else {
-        found[n++] = data;
+        found = data;
       }
+      if (p.transposed) {
+        if (data != nullptr) transposed = copy + offset;
+        copy += size;
+      }
+      Parameters& layer = at[n / 4];
+      const int which = n++ % 4;
+      (which == 0 ? layer.weight : which == 1 ? layer.d_weight : which == 2 ? layer.bias : layer.d_bias) = found;
+      if (which < 2) (which == 0 ? layer.transposed : layer.d_transposed) = transposed;
     });
-    for (int l = 0; l < args.layers; ++l) at[l] = {found[4 * l], found[4 * l + 1], found[4 * l + 2], found[4 * l + 3]};
   }
 
   const S* RowsAt(const Operand<const S>& o, int64_t entry, int64_t first, int64_t width) const {
@@ -453,11 +521,11 @@ struct Network {
       }
       if (l - 1 == lowest && !WantsRows(args)) break;
       if (l > 1 || !dual || q.d_weight != nullptr) {
-        Multiply<T>({q.weight, 1, ins}, ins, outs, above, nullptr, false, panels, below);
+        Multiply<T>({q.transposed, outs, 1}, ins, outs, above, nullptr, false, panels, below);
       }
-      if (moving) Multiply<T>({q.weight, 1, ins}, ins, outs, d_above, nullptr, false, panels, d_below);
+      if (moving) Multiply<T>({q.transposed, outs, 1}, ins, outs, d_above, nullptr, false, panels, d_below);
       if (q.d_weight != nullptr) {
-        Multiply<T>({q.d_weight, 1, ins}, ins, outs, above, nullptr, moving, panels, d_below);
+        Multiply<T>({q.d_transposed, outs, 1}, ins, outs, above, nullptr, moving, panels, d_below);
       }
       Round<S>(args.stored, size_below, below);
       if (turns[l - 1]) Round<S>(args.stored, size_below, d_below);
@@ -482,19 +550,11 @@ struct Phases {
 
   static int64_t ScratchBytes(const Args& args) { return Net(args).Bytes(); }
 
-  // Frees the slots, and widens parameters that are stored in 16 bits.
-  static int64_t PrepareTasks(const Args&) { return 1; }
-  static void Prepare(const Args& args, void* scratch, int64_t /*task*/) {
-    const Net net(args);
-    new (scratch) typename Net::Slots();
-    if constexpr (Net::kNarrow) {
-      T* to = net.Wide(scratch);
-      net.ForEachParameter([&](const Operand<const S>& o, int64_t core) {
-        const int64_t n = net.Elements(o, core);
-        for (int64_t i = 0; i < n; ++i) *to++ = Widen(o.data[i], args.stored);
-      });
-    }
-  }
+  static int64_t SlotTasks(const Args&) { return 1; }
+  static void FreeSlots(const Args&, void* scratch, int64_t /*task*/) { new (scratch) typename Net::Slots(); }
+
+  static int64_t CopyTasks(const Args& args) { return Net(args).CopyTasks(); }
+  static void Copy(const Args& args, void* scratch, int64_t task) { Net(args).Copy(scratch, task); }
 
   static int64_t PieceTasks(const Args& args) { return Net(args).Tasks(); }
   static void Piece(const Args& args, void* scratch, int64_t task) {
@@ -561,7 +621,8 @@ struct Phases {
   }
 
   static constexpr CpuKernel<Args> kKernel = {
-      &ScratchBytes, {{&PrepareTasks, &Prepare}, {&PieceTasks, &Piece}, {&SumTasks, &Sum}, {nullptr, nullptr}}};
+      &ScratchBytes,
+      {{&SlotTasks, &FreeSlots}, {&CopyTasks, &Copy}, {&PieceTasks, &Piece}, {&SumTasks, &Sum}, {nullptr, nullptr}}};
 };
 
 }  // namespace
