@@ -99,9 +99,10 @@ KNN_FN Jet<V> Activate(V p, double c) {
     const V size = -Expm1(z) * scale, t = SelectLess(p, zero, -size, size), slope = Scale(4, e) * (scale * scale);
     return {t, slope, Scale(-2, t * slope)};
   } else if constexpr (kind == K::sigmoid) {
+    // The difference of 1 − s and s, which would cancel, is ± (e − 1) / (1 + e).
     const Logistic<V> l = LogisticOf(p);
-    const V slope = l.s * l.rest;
-    return {l.s, slope, slope * (l.rest - l.s)};
+    const V slope = l.s * l.rest, lean = Expm1(SelectLess(p, zero, p, -p)) * SelectLess(p, zero, l.rest, l.s);
+    return {l.s, slope, slope * SelectLess(p, zero, -lean, lean)};
   } else if constexpr (kind == K::exponential) {
     const V e = Exp(p);
     return {e, e, e};
