@@ -33,7 +33,7 @@ def mlp(
 
     Differentiable in x, every weight and every bias, to any order, in forward and reverse mode. Kernels compute values
     and derivatives of first and second order: nothing of size (N, width) goes through memory, and gradients in
-    parameters have the same bits from run to run. They serve networks of up to 16 layers, as wide as up to 1024 on CPUs
+    parameters have the same bits from run to run. They serve networks of up to 16 layers, as wide as up to 512 on CPUs
     (128 on CUDA), with x in up to 4 parts; others, and higher orders, run as plain JAX.
 
     Args:
@@ -75,7 +75,7 @@ def mlp(
 
 def _precision(value: lax.PrecisionLike) -> Any:
     """A lax.Precision, where it is one by any name; else as it is, if it is one of JAX's."""
-    value = jax.config.jax_default_matmul_precision if value is None else value
+    value = jax.config.jax_default_matmul_precision if value is None else value  # type: ignore[attr-defined]
     with contextlib.suppress(ValueError):
         return lax.Precision("default" if value is None else value)
     one = jnp.ones((1, 1), jnp.float32)

@@ -90,8 +90,8 @@ def family(layout: Layout) -> Family:
 
 
 def _kernels(layout: Layout) -> dict[str, Kernel]:
-    kinds = _kind(layout.activation), _kind(layout.output_activation)
-    if None in kinds or not isinstance(layout.precision, lax.Precision):
+    kinds = [kind for kind in map(_kind, (layout.activation, layout.output_activation)) if kind is not None]
+    if len(kinds) < 2 or not isinstance(layout.precision, lax.Precision):
         return {}
     if layout.parts > ffi.number("mlp.max_parts") or layout.layers > ffi.number("mlp.max_layers"):
         return {}
