@@ -8,8 +8,8 @@
 namespace knn {
 
 // What lies beyond runs the reference. The widths that kernels take are up to each platform: on CPUs, XLA's matrix
-// products are as fast from 512 on, but for the second order (a 2-core AVX2 machine: forward and backward take 0.9 times
-// as long at 128, 1.1 at 512 and 1.3 at 1024).
+// products are as fast from 512 on, but for the second order (a 2-core AVX2 machine: forward and backward take 0.9
+// times as long at 128, 1.1 at 512 and 1.3 at 1024).
 inline constexpr int kMaxLayers = 16, kMaxParts = 4, kMlpCpuMaxWidth = 512, kMlpCudaMaxWidth = 128;
 
 // In the order of `KINDS` of ops/mlp/kernels.py.
