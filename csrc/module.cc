@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "knn/index/index.h"
 #include "knn/invert/invert.h"
 #include "knn/search/search.h"
+#include "mlp/mlp.h"
 
 namespace nb = nanobind;
 
@@ -26,6 +28,7 @@ std::vector<Registration> AggregateRegistrations();
 std::vector<Registration> InvertRegistrations();
 std::vector<Registration> DistortionRegistrations();
 std::vector<Registration> HashGridRegistrations();
+std::vector<Registration> MlpRegistrations();
 
 }  // namespace knn
 
@@ -34,7 +37,8 @@ namespace {
 nb::dict Registrations() {
   nb::dict platforms;
   for (const auto& list : {knn::IndexRegistrations(), knn::SearchRegistrations(), knn::AggregateRegistrations(),
-                           knn::InvertRegistrations(), knn::DistortionRegistrations(), knn::HashGridRegistrations()}) {
+                           knn::InvertRegistrations(), knn::DistortionRegistrations(), knn::HashGridRegistrations(),
+                           knn::MlpRegistrations()}) {
     for (const knn::Registration& r : list) {
       if (!platforms.contains(r.platform)) platforms[r.platform] = nb::dict();
       nb::borrow<nb::dict>(platforms[r.platform])[r.name] = nb::capsule(reinterpret_cast<void*>(r.handler));
@@ -63,6 +67,10 @@ nb::dict Numbers() {
   n["cuda.pairs_of_thread"] = knn::kPairsOfThread;
   n["cuda.grid_sum_bytes"] = knn::kSumBytes;
   n["cuda.grid_unit_bytes"] = knn::kUnitBytes;
+  n["mlp.max_layers"] = knn::kMaxLayers;
+  n["mlp.max_parts"] = knn::kMaxParts;
+  n["cpu.mlp_max_width"] = knn::kMlpCpuMaxWidth;
+  n["cuda.mlp_max_width"] = knn::kMlpCudaMaxWidth;
   n["index.leaf"] = knn::kLeafSize;
   n["index.fan_out"] = knn::kFanOut;
   n["index.node_rows"] = static_cast<int>(knn::kNodeRows);
@@ -93,6 +101,12 @@ NB_MODULE(_ext, m) {
   m.def(
       "filter_error", [] { return nb::make_tuple(knn::kFilterError, knn::kFilterUnderflow); },
       "The error bound of csrc/knn/search/cuda_filter.cu, for its test.");
+  m.def(
+      "mlp_cuda_scratch_bytes",
+      [](const std::vector<int64_t>& widths, int64_t bytes, int64_t sum_entries) {
+        return knn::MlpCudaScratchBytes(widths.data(), static_cast<int>(widths.size()) - 1, bytes, sum_entries);
+      },
+      "See csrc/mlp/mlp.h.");
   m.def("build_info", &BuildInfo, "How this module was built.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },

@@ -19,6 +19,7 @@ from . import (
     hash_grid,
     knn_aggregate,
     knn_aggregate_aniso,
+    mlp,
 )
 from .core import ffi
 
@@ -78,6 +79,10 @@ def _families() -> Iterator[tuple[str, str, Callable[..., jax.Array], tuple[np.n
     def encoded(x: Any, table: Any, **options: Any) -> jax.Array:
         return hash_grid(x, table, grid, **options)
 
+    def network(x: Any, first: Any, second: Any, bias: Any, **options: Any) -> jax.Array:
+        biases = bias, bias[:1]
+        return mlp(x, (first, second), biases, activation="softplus", precision="highest", **options)
+
     ids = np.sort(rng.integers(0, 40, 800))
     grid = HashGrid(dim=2, levels=8, log2_hashmap_size=8, per_level_scale=1.5, interpolation="smoothstep")
     points = (300, 3), (200, 3), (200, 16)
@@ -86,6 +91,7 @@ def _families() -> Iterator[tuple[str, str, Callable[..., jax.Array], tuple[np.n
     yield "distortion_loss", "distortion", equal, arrays(*[(20, 40)] * 3)
     yield "flatten_distortion_loss", "flat_distortion", flattened, arrays(*[(800,)] * 3)
     yield "hash_grid", "hash_grid", encoded, arrays((300, 2), (grid.rows, grid.features))
+    yield "mlp", "mlp", network, arrays((300, 5), (32, 5), (1, 32), (32,))
 
 
 def _self_check(fn: Callable[..., jax.Array], x: Arrays) -> float:

@@ -1,9 +1,9 @@
 // The hash grid on CPUs.
 //
 // Features and gradients in x are found for some points at a time, level after level: first all rows of the table that
-// the points touch, so that they are on their way while the arithmetic goes on. Gradients in the table are found for a
-// level at a time, whose rows no other task writes, all points in their order: the same bits whatever threads do. They
-// are summed in double.
+// the points touch are asked for, so that they are on their way while the arithmetic goes on. Gradients in the table
+// are found for a level at a time, whose rows no other task writes, all points in their order: the same bits whatever
+// threads do. They are summed in double.
 
 #include "hash_grid/cpu.h"
 
@@ -58,6 +58,15 @@ struct Grid {
         FindRows<D>(level, at, row[i]);
       }
     }
+
+    // Has all rows brought to the cache at once, to be read (0) or written (1): left to themselves, few are on their
+    // way at a time.
+    template <int write, class R>
+    void Fetch(const R* rows, int features) const {
+      for (int i = 0; i < n; ++i) {
+        for (int b = 0; b < corners; ++b) __builtin_prefetch(rows + int64_t{row[i][b]} * features, write);
+      }
+    }
   };
 
   // What a point's corners weigh, and its sides unless there is just one corner.
@@ -105,6 +114,10 @@ struct Grid {
     const Row<N, T> x(args.x, args.batch, entry);
     const Row<N, S> table(args.table, args.batch, entry, args.stored), ct(args.ct, args.batch, entry, args.stored);
     chunk.Find(level);
+    for (const auto& operand : {args.table.value, args.table.tangent}) {
+      const S* rows = AtOrNull(operand, args.batch, entry);
+      if (rows != nullptr) chunk.template Fetch<0>(rows + int64_t{level.first} * F, F);
+    }
     for (int i = 0; i < chunk.n; ++i) {
       const int64_t point = first + i, at = point * outputs + l * F;
       if (!chunk.reaches[i]) {
@@ -198,6 +211,7 @@ struct Grid {
       for (int64_t first = 0; first < args.N; first += kChunk) {
         Chunk chunk(args, places, first, args.N);
         chunk.Find(level);
+        chunk.template Fetch<1>(sums, F);
         for (int i = 0; i < chunk.n; ++i) {
           if (!chunk.reaches[i]) continue;
           Sides<N> sides[D];

@@ -113,6 +113,11 @@ def number(name: str) -> int:
     return _NUMBERS[name]
 
 
+def mlp_cuda_scratch_bytes(widths: Sequence[int], item: int, sum_entries: int) -> int:
+    """What kernels of the perceptron want to write to behind their results (csrc/mlp/mlp.h)."""
+    return _extension().mlp_cuda_scratch_bytes(list(widths), item, sum_entries)
+
+
 def filter_error() -> tuple[float, float]:
     """The error bound of the search by tensor cores: relative, and absolute. For its test."""
     return _extension().filter_error()

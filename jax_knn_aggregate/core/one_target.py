@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import ffi
 from .batch import Shape, fit
@@ -41,7 +42,8 @@ def one_target(
       attributes: ``attributes(x, aux)``, further attributes of a call.
       parts: ``parts(x, aux)``, core shapes of those results that the target gives in parts, by position: along an axis
         where the result has size 1, it is the sum of these.
-      sums: positions of those results that the target itself sums over batch axes along which they have size 1.
+      sums: positions of those results that the target itself sums over batch axes along which all of them that are
+        wanted have size 1.
       scratch: ``scratch(platform, batch, x, results)``, what the target wants to write to behind its results.
     """
     no_x, no_y = (None,) * x, (None,) * y
@@ -54,8 +56,14 @@ def one_target(
             return None
         ct = ct if present(results[:x]) else no_y
         in_parts = parts(*operands)
+        depth = len(batch)
+        summed = [s.shape[:depth] for i, s in enumerate(results) if s is not None and i in sums]
+        together = jnp.broadcast_shapes(*summed)
         full = [
-            s if i in sums else jax.ShapeDtypeStruct(batch + in_parts.get(i, s.shape[len(batch) :]), s.dtype)
+            jax.ShapeDtypeStruct(
+                (*(together if i in sums else batch), *in_parts.get(i, s.shape[depth:])),
+                s.dtype,
+            )
             for i, s in enumerate(results)
             if s is not None
         ]

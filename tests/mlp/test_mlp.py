@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import helpers
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jax_knn_aggregate import LeakyReLU, Sine, Softplus, Squareplus, mlp
+from jax_knn_aggregate.core import ffi
 
 NAMES = list(mlp_oracle.ACTIVATIONS)
 PARAMETRIC = [
@@ -89,9 +91,9 @@ def test_oracle_of_networks(rng):
 # ---- Every derivative
 
 
-def check(rng, pair, output_pair, bias=True, tolerance=1e-10, jit=helpers.quick_jit, **shape):
+def check(rng, implementation, pair, output_pair, bias=True, tolerance=1e-10, jit=helpers.quick_jit, **shape):
     z, ct, v = problem(rng, bias=bias, **shape)
-    fn = functools.partial(mlp, activation=pair[0], output_activation=output_pair[0])
+    fn = functools.partial(mlp, activation=pair[0], output_activation=output_pair[0], implementation=implementation)
     got = jit(functools.partial(derivatives, fn))(z, ct, v)
     helpers.assert_trees_close(got, in_numpy(z, ct, v, pair[1], output_pair[1]), tolerance)
 
@@ -102,25 +104,33 @@ FEW = [(a, b, i % 2 == 0) for i, (a, b) in enumerate(zip(list(PAIRS)[:8], list(P
 
 
 @pytest.mark.parametrize(("activation", "output_activation", "bias"), FEW)
-def test_derivatives(activation, output_activation, bias, rng):
-    check(rng, PAIRS[activation], PAIRS[output_activation], bias, widths=(3, 5, 2))
+def test_derivatives(activation, output_activation, bias, implementation, rng):
+    check(rng, implementation, PAIRS[activation], PAIRS[output_activation], bias, widths=(3, 5, 2))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("output_activation", NAMES)
 @pytest.mark.parametrize("activation", PAIRS)
 @pytest.mark.thorough_if()
-def test_every_pair(activation, output_activation, bias, rng):
-    check(rng, PAIRS[activation], PAIRS[output_activation], bias, widths=(3, 5, 2))
+def test_every_pair(activation, output_activation, bias, implementation, rng):
+    check(rng, implementation, PAIRS[activation], PAIRS[output_activation], bias, widths=(3, 5, 2))
 
 
 @pytest.mark.parametrize(
-    ("widths", "N"), [((1, 1), 2), ((5, 3), 4), ((3, 17, 33, 1), 9), ((2, 3, 3, 3, 3, 3, 4), 1), ((4, 130, 2), 0)]
+    ("widths", "N"),
+    [
+        ((1, 1), 2),
+        ((5, 3), 4),
+        ((3, 17, 33, 1), 150),
+        ((2, 3, 3, 3, 3, 3, 4), 1),
+        ((4, 120, 2), 0),
+        ((40, 41, 7), 2500),
+    ],
 )
-@pytest.mark.thorough_if(N=[1, 9])
-def test_shapes(widths, N, rng):
-    """One layer and many, odd widths, one row and none."""
-    check(rng, PAIRS["softplus"], PAIRS["tanh"], widths=widths, N=N)
+@pytest.mark.thorough_if(implementation="xla")
+def test_shapes(widths, N, implementation, rng):
+    """One layer and many, odd widths, no row, one, some that fill no tile, so many that sums come in pieces."""
+    check(rng, implementation, PAIRS["softplus"], PAIRS["tanh"], widths=widths, N=N)
 
 
 @pytest.mark.parametrize(
@@ -128,28 +138,50 @@ def test_shapes(widths, N, rng):
     [(np.float32, 5e-6), (jnp.bfloat16, 0.03), (np.float16, 4e-3)],
     ids=["float32", "bfloat16", "float16"],
 )
-@pytest.mark.thorough_if(dtype=np.float16)
-def test_dtypes(dtype, tolerance, rng):
+@pytest.mark.thorough_if(dtype=np.float16, implementation="xla")
+def test_dtypes(dtype, tolerance, implementation, rng):
     """Second order too; of bfloat16 and float16, what is lost is about what rounding the layers loses."""
     with jax.default_matmul_precision("highest"):
-        check(rng, PAIRS["silu"], PAIRS["sine"], tolerance=tolerance, dtype=dtype, widths=(3, 32, 32, 4), N=64)
+        pairs = PAIRS["silu"], PAIRS["sine"]
+        check(rng, implementation, *pairs, tolerance=tolerance, dtype=dtype, widths=(3, 32, 32, 4), N=64)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-6), (np.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize("activation", PAIRS)
+@pytest.mark.thorough_if(dtype=np.float64, activation=["none", "relu", "leaky_relu", "exponential", "sigmoid"])
+def test_accuracy_of_activations(activation, dtype, tolerance, kernels, rng):
+    """σ, σ' and σ'' each, near 0 and far from it."""
+    implementation = "ffi"
+    fn = functools.partial(
+        mlp, activation="none", output_activation=PAIRS[activation][0], implementation=implementation
+    )
+    slope = jax.grad(lambda p, one: fn(p, (one, one)).sum())
+    bend = jax.grad(lambda p, one: slope(p, one).sum())
+    every = helpers.quick_jit(lambda p, one: (fn(p, (one, one)), slope(p, one), bend(p, one)))
+    for size in (1e-3, 1.0, 20.0):
+        p = rng.uniform(-size, size, (200, 1)).astype(dtype)
+        got = every(jnp.asarray(p), jnp.ones((1, 1), dtype))
+        helpers.assert_trees_close(got, PAIRS[activation][1](helpers.wide(p)), tolerance, f"{size}")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_sums_are_wide(dtype):
-    """1 + 4095 times 2⁻¹² is 2 − 2⁻¹²; summed in float16 or bfloat16 it stays far from that. So are gradients' sums."""
-    small, one = np.full((1, 4096), 2.0**-12), np.ones((1, 4096))
+@pytest.mark.thorough_if(implementation="xla")
+def test_narrow_sums_are_wide(dtype, implementation):
+    """1 + 511 times 2⁻¹² is nearly 1.125; summed in float16 or bfloat16 it stays 1. So are gradients' sums."""
+    small, one = np.full((1, 512), 2.0**-12), np.ones((1, 512))
     small[0, 0] = 1
     # Biases and activations see the sum before it is rounded: 256.5 is no bfloat16, and 2048.5 no float16.
     large = 256 if dtype == jnp.bfloat16 else 2048
     row, two, bias = np.array([[large, 0.5]]), np.ones((1, 2)), np.full(1, -large)
 
+    fn = functools.partial(mlp, implementation=implementation)
+
     def every(small, one, row, two, bias):
-        in_weight = jax.grad(lambda w: mlp(small.T, (w,))[:, 0].sum())(one[:, :1])
-        return mlp(small, (one,)), in_weight, mlp(row, (two,), (bias,)), mlp(row, (two,), output_activation="sine")
+        in_weight = jax.grad(lambda w: fn(small.T, (w,))[:, 0].sum())(one[:, :1])
+        return fn(small, (one,)), in_weight, fn(row, (two,), (bias,)), fn(row, (two,), output_activation="sine")
 
     got = helpers.quick_jit(every)(*(jnp.asarray(a, dtype) for a in (small, one, row, two, bias)))
-    for a, want, tolerance in zip(got, (2, 2, 0.5, np.sin(large + 0.5)), (0.01, 0.01, 0, 0.01), strict=True):
+    for a, want, tolerance in zip(got, (1.125, 1.125, 0.5, np.sin(large + 0.5)), (0.01, 0.01, 0, 0.01), strict=True):
         assert a.dtype == dtype and abs(float(a[0, 0]) - want) <= tolerance
 
 
@@ -175,13 +207,14 @@ def test_third_order(name, rng):
 # ---- What x may be
 
 
-def test_parts_stand_side_by_side(rng):
+@pytest.mark.thorough_if(implementation="xla")
+def test_parts_stand_side_by_side(implementation, rng):
     """As their concatenation, in value and in every derivative; a part may have no columns."""
     (x, W, b), ct, v = problem(rng, widths=(6, 7, 2))
     parts = x[:, :1], x[:, 1:1], x[:, 1:4], x[:, 4:]
 
     def of_parts(parts, W, b):
-        return mlp(parts, W, b, activation="sine")
+        return mlp(parts, W, b, activation="sine", implementation=implementation)
 
     split = functools.partial(jnp.split, indices_or_sections=[1, 1, 4], axis=1)
     got = helpers.quick_jit(functools.partial(derivatives, of_parts))((parts, W, b), ct, (tuple(split(v[0])), *v[1:]))
@@ -196,94 +229,18 @@ def test_parts_stand_side_by_side(rng):
     helpers.assert_trees_close(got, want, 1e-10)
 
 
-def test_leading_axes(rng):
+def test_leading_axes(implementation, rng):
     (x, W, b), *_ = problem(rng, N=12)
     shapes = (3, 4), (2, 1, 6), (0, 4)
 
     def every(x):
         some = [x[: np.prod(shape, dtype=int)].reshape(*shape, 3) for shape in shapes]
-        return [mlp((a[..., :2], a[..., 2:]), list(W), list(b), activation="tanh") for a in some]
+        options = {"activation": "tanh", "implementation": implementation}
+        return [mlp((a[..., :2], a[..., 2:]), list(W), list(b), **options) for a in some]
 
     flat = mlp_oracle.Oracle(*helpers.wide((x, W, b)), *(mlp_oracle.ACTIVATIONS[n] for n in ("tanh", "none"))).y
     for shape, got in zip(shapes, helpers.quick_jit(every)(x), strict=True):
         helpers.assert_close(got, flat[: np.prod(shape, dtype=int)].reshape(*shape, 2), 1e-13)
-
-
-# ---- Transformations
-
-
-@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0), (1, -1)], ids=str)
-@pytest.mark.thorough_if(mapped=[(0, 0), (0, None), (None, 0)])
-def test_vmap(mapped, rng):
-    """Over x, over weights and biases (many small networks), both; of the gradient of a gradient."""
-
-    def step(x, parameters):
-        slope = jax.grad(lambda x: mlp(x, *parameters, activation=Softplus(3.0)).sum())(x)
-        return jnp.square(jnp.square(slope).sum(-1) - 1).sum()
-
-    def in_numpy(x, parameters):
-        x, parameters = helpers.wide((x, parameters))
-        o = mlp_oracle.Oracle(x, *parameters, mlp_oracle.softplus(3.0), mlp_oracle.ACTIVATIONS["none"])
-        slope = o.first(np.ones_like(o.y))[0]
-        v = 4 * (np.square(slope).sum(-1, keepdims=True) - 1) * slope
-        in_x, in_w, in_b, _ = o.second(np.ones_like(o.y), (v, *jax.tree.map(np.zeros_like, parameters)))
-        return in_x, (in_w, in_b)
-
-    problems = [problem(rng)[0] for _ in range(3)]
-    columns = [(z[0] for z in problems), (z[1:] for z in problems)]
-    columns = [[next(c)] * 3 if axis is None else list(c) for c, axis in zip(columns, mapped, strict=True)]
-
-    def placed(column, axis):
-        return column[0] if axis is None else jax.tree.map(lambda *a: jnp.stack(a, axis), *column)
-
-    args = map(placed, columns, mapped)
-    got = helpers.quick_jit(jax.vmap(jax.grad(step, (0, 1)), mapped))(*args)
-    want = jax.tree.map(lambda *a: np.stack(a), *map(in_numpy, *columns))
-    helpers.assert_trees_close(got, want, 1e-10)
-
-
-def test_what_is_shared_is_not_copied(rng):
-    """Under vmap over x alone, products have no batch of weights, and gradients are sums."""
-    (x, W, b), *_ = problem(rng)
-    xs = jnp.stack([x, 2 * x, -x])
-
-    def total(W, b):
-        return jax.vmap(lambda x: mlp(x, W, b, activation="tanh"))(xs).sum()
-
-    shapes = [e.outvars[0].aval.shape for e in helpers.equations(jax.make_jaxpr(jax.grad(total, (0, 1)))(W, b))]
-    assert not [s for s in shapes if s[-2:] == W[1].shape and len(s) > 2]
-    one = [
-        mlp_oracle.Oracle(*helpers.wide((a, W, b)), *(mlp_oracle.ACTIVATIONS[n] for n in ("tanh", "none"))) for a in xs
-    ]
-    want = jax.tree.map(lambda *a: sum(a), *(o.first(np.ones_like(o.y))[1:] for o in one))
-    helpers.assert_trees_close(helpers.quick_jit(jax.grad(total, (0, 1)))(W, b), want, 1e-11)
-
-
-def test_activations_are_static(rng):
-    (x, W, b), *_ = problem(rng)
-    traced = []
-
-    @functools.partial(jax.jit, static_argnames="activation")
-    def fn(x, W, b, activation):
-        traced.append(activation)
-        return mlp(x, W, b, activation=activation)
-
-    got = [fn(x, W, b, activation=a) for a in (Softplus(2), Softplus(np.float32(2)), Softplus(3.0))]
-    assert len(traced) == 2
-    np.testing.assert_array_equal(got[0], got[1])
-    assert not np.array_equal(got[0], got[2])
-
-
-def test_checkpoint_and_scan(rng):
-    (x, W, b), *_ = problem(rng)
-    loss = jax.checkpoint(lambda W: jnp.square(mlp(x, W, b, activation="silu")).mean())
-
-    def descend(W, _):
-        value, g = jax.value_and_grad(loss)(W)
-        return jax.tree.map(lambda a, g: a - 0.05 * g, W, g), value
-
-    values = helpers.quick_jit(lambda W: jax.lax.scan(descend, W, None, 20)[1])(W)
-    assert (jnp.diff(values) < 0).all()
 
 
 # ---- Precision
@@ -294,12 +251,32 @@ def test_precision_is_that_of_jax(rng):
     (x, W, b), *_ = problem(rng, dtype=np.float32)
 
     def precisions(**options):
-        jaxpr = jax.make_jaxpr(jax.grad(lambda W: mlp(x, W, b, activation="tanh", **options).sum()))(W)
-        return {str(e.params["precision"]) for e in helpers.equations(jaxpr) if e.primitive.name == "dot_general"}
+        def loss(W):
+            return mlp(x, W, b, activation="tanh", implementation="xla", **options).sum()
 
-    high, highest = (str((p, p)) for p in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST))
-    assert precisions() == {"None"} and precisions(precision="highest") == {highest}
-    with jax.default_matmul_precision("high"):
-        assert precisions() == {high} and precisions(precision=jax.lax.Precision.HIGHEST) == {highest}
+        return set(re.findall(r"precision = \[(\w+), \1\]", jax.jit(jax.grad(loss)).lower(W).as_text()))
+
+    assert precisions() == {"DEFAULT"} and precisions(precision="highest") == {"HIGHEST"}
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert precisions() == {"HIGH"} and precisions(precision=jax.lax.Precision.HIGHEST) == {"HIGHEST"}
     with pytest.raises(ValueError, match="best"):
         mlp(x, W, b, precision="best")
+    exact = jax.lax.DotAlgorithmPreset.F32_F32_F32  # which no kernel knows
+    helpers.assert_close(mlp(x, W, b, precision=exact), mlp(x, W, b, precision="highest"), 1e-6)
+    with pytest.raises(NotImplementedError, match="no kernel"):
+        mlp(x, W, b, precision=exact, implementation="ffi")
+
+
+# ---- What kernels do not serve
+
+
+@pytest.mark.parametrize("what", ["width", "depth", "parts"])
+def test_beyond_kernels(what, kernels, rng):
+    """The reference runs, and "ffi" says so."""
+    widths = {"width": (2, ffi.number(f"{kernels}.mlp_max_width") + 1, 1), "depth": (2,) * 18, "parts": (5, 1)}[what]
+    (x, W, _), *_ = problem(rng, widths=widths, N=3, bias=False)
+    parts = tuple(jnp.split(x, 5, 1)) if what == "parts" else x
+    fns = [mlp_oracle.ACTIVATIONS[n] for n in ("relu", "none")]
+    helpers.assert_close(mlp(parts, W), mlp_oracle.Oracle(*helpers.wide((x, W)), None, *fns).y, 1e-12)
+    with pytest.raises(NotImplementedError, match=r"mlp_value: implementation='ffi' .*no kernel for these operands"):
+        mlp(parts, W, implementation="ffi")

@@ -233,8 +233,6 @@ def test_half_precision_parameters_and_leading_axes(rng):
         model.apply(params, x.astype(np.float16))
     with pytest.raises(ValueError, match=r"x has shape \(2, 5, 2\), expected \(\.\.\., N, 3\)"):
         model.apply(params, x[..., :2])
-    with pytest.raises(NotImplementedError, match="no kernel"):
-        model.apply(params, x, implementation="ffi")
 
 
 # ---- Configurations that are refused, or in part

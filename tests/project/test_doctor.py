@@ -11,7 +11,7 @@ import pytest
 from jax_knn_aggregate import doctor
 from jax_knn_aggregate.core import ffi
 
-FAMILIES = ("knn_aggregate_aniso", "knn_aggregate", "distortion_loss", "flatten_distortion_loss", "hash_grid")
+FAMILIES = ("knn_aggregate_aniso", "knn_aggregate", "distortion_loss", "flatten_distortion_loss", "hash_grid", "mlp")
 
 
 def test_command():

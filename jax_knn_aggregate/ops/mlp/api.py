@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from jax import lax
 from ...core import checks
 from ...core.checks import Array, Implementation
 from .activations import Activation, resolve
-from .reference import reference
+from .kernels import Layout, family
 
 _DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
 
@@ -29,8 +31,10 @@ def mlp(
 ) -> jax.Array:
     """A multilayer perceptron: h_0 = x; h_l = activation(W_l h_{l−1} + b_l), and output_activation in the last layer.
 
-    Differentiable in x, every weight and every bias, to any order, in forward and reverse mode. Runs as plain JAX on
-    every platform: there are no kernels for it yet.
+    Differentiable in x, every weight and every bias, to any order, in forward and reverse mode. Kernels compute values
+    and derivatives of first and second order: nothing of size (N, width) goes through memory, and gradients in
+    parameters have the same bits from run to run. They serve networks of up to 16 layers, as wide as up to 512 on CPUs
+    (128 on CUDA), with x in up to 4 parts; others, and higher orders, run as plain JAX.
 
     Args:
       x: (..., N, I); or several such arrays, whose widths add up to I, that stand side by side without being
@@ -44,8 +48,10 @@ def mlp(
         False); or an object with its parameter: ``LeakyReLU(slope=0.01)``, ``Softplus(beta=1.0)``,
         ``Sine(omega=1.0)``, ``Squareplus(beta=1.0)``. At 0, the derivative of relu is 0, that of leaky_relu 1.
       output_activation: of the last layer, likewise.
-      precision: of matrix products, as in ``jax.numpy.dot``: None follows ``jax.default_matmul_precision``.
-      implementation: None or "xla" run plain JAX; "ffi" raises NotImplementedError.
+      precision: of matrix products, as in ``jax.numpy.dot``: None follows ``jax.default_matmul_precision``. On CPUs
+        float32 is float32. Where it is none of lax.Precision's three, plain JAX runs.
+      implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
+        NotImplementedError where no kernel serves.
 
     Returns:
       (..., N, O), in the dtype of x. bfloat16 and float16 accumulate in float32, apply activations in it, and are
@@ -61,12 +67,20 @@ def mlp(
     _check_dtypes(parts, w, b)
     _check_shapes(parts, w, b)
     hidden, last = resolve("activation", activation), resolve("output_activation", output_activation)
-    if implementation == "ffi":
-        raise NotImplementedError(
-            "mlp: implementation='ffi' was asked for, but there is no kernel for it yet, on any platform; "
-            "implementation=None uses pure JAX."
-        )
-    return reference(parts, w, b, hidden, last, precision)
+    layout = Layout(len(parts), len(w), b is not None, hidden, last, _precision(precision))
+    shared = (1,) * (parts[0].ndim - 2)
+    parameters = [a.reshape(*shared, *a.shape) for a in (*w, *(b or ()))]
+    return family(layout)(*parts, *parameters, implementation=implementation)[0]
+
+
+def _precision(value: lax.PrecisionLike) -> Any:
+    """A lax.Precision, where it is one by any name; else as it is, if it is one of JAX's."""
+    value = jax.config.jax_default_matmul_precision if value is None else value  # type: ignore[attr-defined]
+    with contextlib.suppress(ValueError):
+        return lax.Precision("default" if value is None else value)
+    one = jnp.ones((1, 1), jnp.float32)
+    jax.eval_shape(functools.partial(lax.dot, precision=value), one, one)
+    return value
 
 
 def _arrays(name: str, some: Any) -> list[jax.Array]:
