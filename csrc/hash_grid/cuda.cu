@@ -275,7 +275,9 @@ struct HalfOfPairs {
 // Features, and what a group of levels adds to the gradient in x, in `parts` [groups, batch·N, D], whichever is wanted.
 // Two lanes have a point at the levels of a group.
 template <class T, class N, int D, bool kWantsX>
-__global__ void __launch_bounds__(kThreads, D == 4 || sizeof(T) == 8 ? 1 : std::is_same_v<N, T> ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, D == 4 || sizeof(T) == 8 ? 1
+                                            : std::is_same_v<N, T>   ? 4
+                                                                     : 3)
     Points(const __grid_constant__ HashGrid<T, T> grid, uint32_t blocks_of_group, T* parts) {
   constexpr int kCorners = 1 << (D - 1);
   const uint32_t group = blockIdx.x / blocks_of_group, size = static_cast<uint32_t>(grid.N);
