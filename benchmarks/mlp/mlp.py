@@ -112,7 +112,7 @@ def _networks(session: Session) -> list[Case]:
     if session.large:
         sizes += [("softplus", 2**log, main) for log in (12, 14, 16, 20)]
     cases = []
-    for activation, n, widths in sizes[: 3 if session.quick else None]:
+    for activation, n, widths in sizes[: 1 if session.quick else None]:
         name = f"{activation}, {' → '.join(map(str, widths))}, N = {n}"
         x, parameters = jax.random.normal(jax.random.key(0), (n, widths[0])), initial(widths)
         programs = {who: steps(network, x, parameters) for who, network in contestants(activation).items()}

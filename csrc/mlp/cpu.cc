@@ -375,12 +375,12 @@ struct Network {
     ForEachParameter([&](const Parameter& p) { size += EntriesOf(*p.from) * p.Size() * (p.wide + p.transposed); });
     return size;
   }
-  int64_t CopyTasks() const {
-    int64_t tasks = 0;
-    ForEachParameter([&](const Parameter& p) { tasks += p.wide || p.transposed ? EntriesOf(*p.from) : 0; });
-    return tasks;
+  int64_t CopyItems() const {
+    int64_t items = 0;
+    ForEachParameter([&](const Parameter& p) { items += p.wide || p.transposed ? EntriesOf(*p.from) : 0; });
+    return items;
   }
-  // Task i of these.
+  // Item i of these.
   void Copy(void* scratch, int64_t i) const {
     T* to = Copies(scratch);
     ForEachParameter([&](const Parameter& p) {
@@ -553,8 +553,17 @@ struct Phases {
   static int64_t SlotTasks(const Args&) { return 1; }
   static void FreeSlots(const Args&, void* scratch, int64_t /*task*/) { new (scratch) typename Net::Slots(); }
 
-  static int64_t CopyTasks(const Args& args) { return Net(args).CopyTasks(); }
-  static void Copy(const Args& args, void* scratch, int64_t task) { Net(args).Copy(scratch, task); }
+  // One task for all of a phase's items if they are little work, so that no thread is woken for it; else one for each.
+  static int64_t Together(int64_t items, int64_t elements) { return elements < 1 << 16 ? Min(items, 1) : items; }
+
+  static int64_t CopyTasks(const Args& args) {
+    const Net net(args);
+    return Together(net.CopyItems(), net.CopySize());
+  }
+  static void Copy(const Args& args, void* scratch, int64_t task) {
+    const Net net(args);
+    for (int64_t i = task; i < net.CopyItems(); i += CopyTasks(args)) net.Copy(scratch, i);
+  }
 
   static int64_t PieceTasks(const Args& args) { return Net(args).Tasks(); }
   static void Piece(const Args& args, void* scratch, int64_t task) {
@@ -585,12 +594,16 @@ struct Phases {
   // Adds the sums of pieces up, a layer of an entry at a time.
   static int64_t SumTasks(const Args& args) {
     const Net net(args);
-    return net.sums ? net.Entries() * args.layers : 0;
+    return net.sums ? Together(net.Entries() * args.layers, net.Tasks() * net.SumSize(args.layers)) : 0;
   }
   static void Sum(const Args& args, void* scratch, int64_t task) {
     const Net net(args);
-    const int64_t entry = task / args.layers, pieces = net.Pieces();
-    const int l = static_cast<int>(task % args.layers);
+    for (int64_t i = task; i < net.Entries() * args.layers; i += SumTasks(args)) {
+      AddPieces(args, net, scratch, i / args.layers, static_cast<int>(i % args.layers));
+    }
+  }
+  static void AddPieces(const Args& args, const Net& net, void* scratch, int64_t entry, int l) {
+    const int64_t pieces = net.Pieces();
     const int ins = args.width[l], outs = args.width[l + 1];
     int64_t from = net.SumSize(l);
     // The next n sums of all pieces, in parts; give(i, sum) for each.
