@@ -67,6 +67,7 @@ LOWERED = WANTED | {
 
 
 @pytest.mark.parametrize("name", WANTED)
+@pytest.mark.thorough_if(problem="iso", name=[n for n in WANTED if n != "Eikonal"])
 def test_primitives(name, problem):
     """On every path: derivatives never search again, and need no more than these."""
     metric, x = problem
@@ -76,6 +77,7 @@ def test_primitives(name, problem):
 
 
 @pytest.mark.parametrize("name", WANTED)
+@pytest.mark.thorough_if(problem="iso", name=[n for n in WANTED if n != "Eikonal"])
 def test_kernels(name, problem, kernels):
     metric, x = problem
     got = calls(steps(metric)[name], x)
