@@ -120,6 +120,7 @@ def test_value(cpu_implementation, rng):
     agree(jax.jit(op_of(cpu_implementation))(*x, k), formula(*x, k))
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_float32(cpu_implementation, rng):
     x, k = inputs(rng)
     small = jax.tree.map(lambda a: a.astype(jnp.float32), x)
@@ -130,6 +131,7 @@ def test_float32(cpu_implementation, rng):
 
 
 @pytest.mark.parametrize("of", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=lambda of: "+".join(NAMES[i] for i in of))
+@pytest.mark.thorough_if(cpu_implementation="xla", of=[(0,), (1,), (2,), (0, 2)])
 def test_first_order(cpu_implementation, rng, of):
     x, k = inputs(rng)
     v, ct = like(rng, [x[i] for i in of]), like(rng, x[1])
@@ -146,6 +148,7 @@ def test_first_order(cpu_implementation, rng, of):
 
 
 @pytest.mark.parametrize("nesting", ["forward over reverse", "reverse over forward", "reverse over reverse"])
+@pytest.mark.thorough_if(cpu_implementation="xla", nesting=["forward over reverse", "reverse over forward"])
 def test_second_order(cpu_implementation, rng, nesting):
     x, k = inputs(rng)
     v = like(rng, x)
@@ -153,6 +156,7 @@ def test_second_order(cpu_implementation, rng, nesting):
 
 
 @pytest.mark.parametrize("choice", [None, "xla"])
+@pytest.mark.thorough_if(choice="xla")
 def test_beyond_the_kernels(rng, choice):
     """Forward over forward, and third order, run the reference."""
     x, k = inputs(rng)
@@ -214,6 +218,7 @@ def test_nested_vmap_of_second_order(cpu_implementation, rng):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_items_split_over_devices(cpu_implementation, cpu_devices, rng, kind):
     """No item moves: the gradients of what is shared are summed over devices, and nothing is gathered."""
     (a, x, table), k = inputs(rng)

@@ -120,6 +120,7 @@ def test_dense_derivatives(B, N, kind, implementation, rng):
 
 @pytest.mark.parametrize(("lengths", "kind"), RAGGED)
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(lengths=[RAGGED[1][0]])
 def test_flat_derivatives(lengths, kind, implementation, rng):
     x, ids = flat(rng, lengths, **kind)
     assert_derivatives(implementation, x, (ids, len(lengths)), rng)
@@ -383,8 +384,8 @@ def test_sort_and_check(implementation, rng):
     options = {"implementation": implementation, "reduction": "none"}
     w, m, interval = helpers.tree(dense(rng, 3, 9))
     shuffled = m[:, ::-1]
-    sort = jax.grad(lambda *x: jka.distortion_loss(*x, sort=True, **options).sum(), (0, 1, 2))
-    ascending = jax.grad(lambda *x: jka.distortion_loss(*x, **options).sum(), (0, 1, 2))
+    sort = jax.jit(jax.grad(lambda *x: jka.distortion_loss(*x, sort=True, **options).sum(), (0, 1, 2)))
+    ascending = jax.jit(jax.grad(lambda *x: jka.distortion_loss(*x, **options).sum(), (0, 1, 2)))
     want = ascending(w[:, ::-1], m, interval[:, ::-1])
     helpers.assert_trees_close(sort(w, shuffled, interval), tuple(a[:, ::-1] for a in want), 1e-12)
 

@@ -37,6 +37,7 @@ def check(metric, out, x, idxs, tolerance, what=""):
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla", dtype=np.float32)
 @pytest.mark.thorough_if(implementation="xla", size=[SIZES[0], *SIZES[2:]])
+@pytest.mark.thorough_if(dtype=np.float64, size=SIZES[2:])
 def test_aggregate(metric, size, dtype, implementation, rng):
     batch, Q, P, F, K = size
     for kind in ("plain", "signed"):

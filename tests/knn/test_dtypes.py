@@ -40,6 +40,7 @@ def check(metric, x, ct, v, implementation, tolerances, what):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(dtype=np.float64)
 def test_accuracy(metric, dtype, implementation, rng):
     for kind in KINDS[metric]:
         x = helpers.cloud(rng, metric, **SIZE, dtype=dtype, kind=kind)

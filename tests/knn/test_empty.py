@@ -53,6 +53,7 @@ def assert_zero(got, what):
 
 
 @pytest.mark.parametrize("sizes", some_empty(KNN))
+@pytest.mark.thorough_if(sizes={**KNN, "F": 0})  # as in test_semantics.py
 def test_aggregate(sizes, kernels, rng):
     S, T, B, Q, F, K = sizes.values()
     P = 5
@@ -118,7 +119,7 @@ def test_distortion(sizes, name, shared, kernels, rng):
 
 
 @pytest.mark.parametrize("name", KNN)
-@pytest.mark.thorough_if(name=["S", "T", "B", "K"])
+@pytest.mark.thorough_if(name=["S", "T", "B", "F", "K"])
 def test_third_order(name, kernels, rng):
     S, T, B, Q, F, K = {**KNN, name: 0}.values()
     q = jnp.asarray(rng.normal(size=(B, S, Q, 3)))

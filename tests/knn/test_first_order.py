@@ -66,7 +66,7 @@ def test_sizes(metric, size, implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(implementation="xla", metric="aniso")
+@pytest.mark.thorough_if(implementation="xla")
 def test_forward(metric, implementation, problem):
     x, idxs, _, v = problem(metric)
     op = helpers.outputs(metric, K, implementation)

@@ -166,8 +166,8 @@ def test_given_neighbours(metric, queries, mesh, rng):
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(cpu_implementation="xla")
-@pytest.mark.thorough_if(metric="aniso", queries="replicated")
-@pytest.mark.thorough_if(metric="iso", queries="own")
+@pytest.mark.thorough_if(queries="replicated")
+@pytest.mark.thorough_if(metric="iso")
 def test_index_and_guesses(metric, queries, cpu_implementation, mesh, rng):
     """An index of each device's points, kept between calls, and guesses among the points of all."""
     split = QUERIES[queries]

@@ -28,6 +28,7 @@ SIZES = [
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla", dtype=np.float64)
 @pytest.mark.thorough_if(implementation="xla", size=[SIZES[0], *SIZES[2:]])
+@pytest.mark.thorough_if(dtype=np.float64, size=SIZES[2:])
 def test_against_oracle(metric, size, dtype, implementation, rng):
     batch, Q, P, K = size
     kinds = ["plain", "shifted", "signed"] + (["rotation", "general"] if metric == "aniso" else [])

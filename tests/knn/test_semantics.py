@@ -159,6 +159,7 @@ def test_lengths(metric, implementation, rng):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(metric="iso")
 def test_empty_slots_have_zero_derivatives(metric, implementation, rng):
     """NaN behind the length, cotangents for every slot: nothing of it may reach a derivative."""
     P, K, n = 9, 6, 4
@@ -512,6 +513,7 @@ def test_tables_and_lengths_of_every_dtype(dtype, rng):
 @pytest.mark.parametrize("size", [((), 0, 5, 3), ((2,), 4, 5, 0), ((0,), 4, 5, 3)], ids=str)
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(metric="iso")
 def test_empty(metric, size, implementation, rng):
     (batch, Q, P, F), K = size, 2
     x = helpers.tree(helpers.cloud(rng, metric, Q, P, F, batch=batch))
