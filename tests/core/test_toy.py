@@ -120,6 +120,7 @@ def test_value(cpu_implementation, rng):
     agree(jax.jit(op_of(cpu_implementation))(*x, k), formula(*x, k))
 
 
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_float32(cpu_implementation, rng):
     x, k = inputs(rng)
     small = jax.tree.map(lambda a: a.astype(jnp.float32), x)
@@ -130,6 +131,7 @@ def test_float32(cpu_implementation, rng):
 
 
 @pytest.mark.parametrize("of", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=lambda of: "+".join(NAMES[i] for i in of))
+@pytest.mark.thorough_if(cpu_implementation="xla", of=[(0,), (1,), (2,), (0, 2)])
 def test_first_order(cpu_implementation, rng, of):
     x, k = inputs(rng)
     v, ct = like(rng, [x[i] for i in of]), like(rng, x[1])
@@ -137,34 +139,37 @@ def test_first_order(cpu_implementation, rng, of):
     def part(op):
         return lambda *some: op(*(some[of.index(i)] if i in of else a for i, a in enumerate(x)), k)
 
-    ours, want = part(op_of(cpu_implementation)), part(formula)
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(op, some, v, ct):
+        return jax.jvp(part(op), some, v), jax.vjp(part(op), *some)[1](ct)
+
     some = [x[i] for i in of]
-    agree(jax.jvp(ours, some, v), jax.jvp(want, some, v))
-    agree(jax.vjp(ours, *some)[1](ct), jax.vjp(want, *some)[1](ct))
+    agree(both(op_of(cpu_implementation), some, v, ct), both(formula, some, v, ct))
 
 
 @pytest.mark.parametrize("nesting", ["forward over reverse", "reverse over forward", "reverse over reverse"])
+@pytest.mark.thorough_if(cpu_implementation="xla", nesting=["forward over reverse", "reverse over forward"])
 def test_second_order(cpu_implementation, rng, nesting):
     x, k = inputs(rng)
     v = like(rng, x)
-    got = jax.jit(hvp(loss(op_of(cpu_implementation), k), nesting))(x, v)
-    agree(got, hvp(loss(formula, k), nesting)(x, v))
+    agree(*(jax.jit(hvp(loss(op, k), nesting))(x, v) for op in (op_of(cpu_implementation), formula)))
 
 
 @pytest.mark.parametrize("choice", [None, "xla"])
+@pytest.mark.thorough_if(choice="xla")
 def test_beyond_the_kernels(rng, choice):
     """Forward over forward, and third order, run the reference."""
     x, k = inputs(rng)
     v = like(rng, x)
     ours, want = loss(op_of(choice), k), loss(formula, k)
-    agree(hvp(ours, "forward over forward")(x, v), hvp(want, "forward over forward")(x, v))
+    agree(*(jax.jit(hvp(f, "forward over forward"))(x, v) for f in (ours, want)))
 
     def third(f):
         return jax.grad(
             lambda x: sum((g * w).sum() for g, w in zip(hvp(f, "reverse over forward")(x, v), v, strict=True))
         )
 
-    agree(third(ours)(x), third(want)(x), 1e-11)
+    agree(*(jax.jit(third(f))(x) for f in (ours, want)), 1e-11)
 
 
 def test_kernels_that_run(rng):
@@ -180,7 +185,7 @@ def test_kernels_that_run(rng):
 
 
 @pytest.mark.parametrize("mapped", [(0,), (1,), (2,), (3,), (0, 1), (2, 3), (0, 1, 2, 3)])
-@pytest.mark.thorough_if(cpu_implementation="xla", mapped=[(1,), (2,), (3,), (0, 1), (2, 3)])
+@pytest.mark.thorough_if(cpu_implementation="xla", mapped=[(1,), (2,), (3,), (0, 1), (2, 3), (0, 1, 2, 3)])
 def test_vmap(cpu_implementation, rng, mapped):
     """Values and gradients, where operands that are not mapped are shared and their gradients sums."""
     many, one = [(*x, k) for x, k in (inputs(rng, 3), inputs(rng))]
@@ -188,13 +193,14 @@ def test_vmap(cpu_implementation, rng, mapped):
     operands = [m if i in mapped else o for i, (m, o) in enumerate(zip(many, one, strict=True))]
     ct = like(rng, many[1])
 
-    def both(op):
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(op, operands, ct):
         over = jax.vmap(op, in_axes=axes)
         y, pull = jax.vjp(lambda *x: over(*x, operands[3]), *operands[:3])
         each = jax.vmap(lambda *o: jax.grad(lambda *x: op(*x, o[3]).sum(), (0, 1, 2))(*o[:3]), in_axes=axes)
         return y, pull(ct), each(*operands)
 
-    agree(both(op_of(cpu_implementation)), both(formula))
+    agree(both(op_of(cpu_implementation), operands, ct), both(formula, operands, ct))
 
 
 @pytest.mark.thorough_if(cpu_implementation="xla")
@@ -208,10 +214,11 @@ def test_nested_vmap_of_second_order(cpu_implementation, rng):
         both = jax.vmap(jax.vmap(op, (None, 0, None, 0)), (0, 2, None, 2))
         return hvp(lambda x: jnp.square(both(*x, k) + 0.3).sum(), "reverse over reverse")
 
-    agree(jax.jit(over(op_of(cpu_implementation)))((a, x, table), v), over(formula)((a, x, table), v))
+    agree(*(jax.jit(over(op))((a, x, table), v) for op in (op_of(cpu_implementation), formula)))
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_items_split_over_devices(cpu_implementation, cpu_devices, rng, kind):
     """No item moves: the gradients of what is shared are summed over devices, and nothing is gathered."""
     (a, x, table), k = inputs(rng)
@@ -270,17 +277,18 @@ def test_any_number_of_operands(rng):
     def plain(*operands):
         return mixture(12).reference(operands[:12], operands[12:])
 
-    (f, gradient, each, mapped), (g, *wanted) = losses(mixture(12)), losses(plain)
-    agree(jax.jit(f)(*some), g(*some))
-    agree(jax.jit(gradient)(*some), wanted[0](*some))
-    agree(jax.jit(each)(many, x[11]), wanted[1](many, x[11]))
-    agree(
-        jax.grad(lambda *o: mapped(*o).sum(), (0, 1))(x[1], many, x[11]),
-        jax.grad(lambda *o: wanted[2](*o).sum(), (0, 1))(x[1], many, x[11]),
-    )
-    for nesting in ("forward over reverse", "reverse over forward", "reverse over reverse", "forward over forward"):
-        agree(*(jax.jit(hvp(lambda z, h=h: h(*z), nesting))(some, some) for h in (f, g)))
+    nestings = "forward over reverse", "reverse over forward", "reverse over reverse", "forward over forward"
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(op, some, many):
+        f, gradient, each, mapped = losses(op)
+        over_many = jax.grad(lambda *o: mapped(*o).sum(), (0, 1))(some[0], many, some[2])
+        seconds = [hvp(lambda z: f(*z), nesting)(some, some) for nesting in nestings]
+        return f(*some), gradient(*some), each(many, some[2]), over_many, seconds
+
+    agree(everything(mixture(12), some, many), everything(plain, some, many))
     # What is not asked for is no operand and no result.
+    gradient = losses(mixture(12))[1]
     (last,) = [e for e in jax.make_jaxpr(gradient)(*some).eqns if e.primitive.name == "mixture12_vjp"]
     assert (len(last.invars), len(last.outvars)) == (12 + 1 + 2, 2)
     assert str(last.params["masks"]) == "<given 11, wanted 010000000001>"

@@ -166,6 +166,7 @@ def mesh(request, eight_cpu_devices):
 
 
 @pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(mesh=AxisType.Explicit)
 def test_points_split_over_devices(cpu_implementation, mesh, rng):
     """Nothing moves forward or for gradients in x; the table's gradient is one all-reduce."""
     x, table = points(rng, 16), tables(rng)

@@ -36,6 +36,8 @@ def check(metric, out, x, idxs, tolerance, what=""):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla", dtype=np.float32)
+@pytest.mark.thorough_if(implementation="xla", size=[SIZES[0], *SIZES[2:]])
+@pytest.mark.thorough_if(dtype=np.float64, size=SIZES[2:])
 def test_aggregate(metric, size, dtype, implementation, rng):
     batch, Q, P, F, K = size
     for kind in ("plain", "signed"):
@@ -49,6 +51,7 @@ def test_aggregate(metric, size, dtype, implementation, rng):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_eager_numpy_and_keywords(metric, implementation, rng):
     x = helpers.cloud(rng, metric, 5, 7, 3)
     idxs = helpers.oracle_search(metric, x, 4)
@@ -74,7 +77,7 @@ def test_no_implementation_given_is_as_good(rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(implementation="xla", dtype=np.float32)
+@pytest.mark.thorough_if(implementation="xla")
 def test_precomputed(metric, batch, dtype, implementation, rng):
     Q, P, F, K = 20, 30, 5, 6
     x = helpers.cloud(rng, metric, Q, P, F, batch=batch, dtype=dtype)
@@ -92,6 +95,7 @@ def test_precomputed(metric, batch, dtype, implementation, rng):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own table", "shared table"])
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.thorough_if(implementation="xla")
 def test_lookup(batch, shared, implementation, rng):
     Q, P, F, K, width = 30, 40, 5, 6, 9
     x = helpers.cloud(rng, "aniso", Q, P, F, batch=batch)
@@ -125,6 +129,7 @@ def test_lookup_with_a_table_of_its_own_points(implementation, rng):
     helpers.assert_close(looked_up.f_out, searched.f_out, 1e-12, "f_out")
 
 
+@pytest.mark.thorough_if()
 def test_implementations_agree(kernels, rng):
     for metric in helpers.METRICS:
         for dtype, tolerance in ((np.float32, 1e-5), (np.float64, 1e-12)):
@@ -140,6 +145,7 @@ def test_implementations_agree(kernels, rng):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_no_overflow_on_the_way_to_a_finite_distance(metric, implementation):
     """Displacements whose squares overflow float32 while sigma brings the distance back, and the other way round."""
     big, small = np.float32(1e25), np.float32(1e-25)

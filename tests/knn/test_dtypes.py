@@ -39,8 +39,8 @@ def check(metric, x, ct, v, implementation, tolerances, what):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(implementation="xla", metric="aniso", dtype=np.float64)
-@pytest.mark.thorough_if(implementation="xla", metric="iso")
+@pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(dtype=np.float64)
 def test_accuracy(metric, dtype, implementation, rng):
     for kind in KINDS[metric]:
         x = helpers.cloud(rng, metric, **SIZE, dtype=dtype, kind=kind)
@@ -51,6 +51,8 @@ def test_accuracy(metric, dtype, implementation, rng):
 @pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(metric="aniso", half=jnp.float16)
+@pytest.mark.thorough_if(metric="iso", half=jnp.bfloat16)
 def test_half_precision_features(metric, half, implementation, rng):
     """Weights and sums in float32: f_out is the rounded exact sum, however many terms; other derivatives stay exact."""
     n = 64
@@ -84,6 +86,7 @@ def test_half_precision_features(metric, half, implementation, rng):
         helpers.assert_close(bar, want[name], eps if name == "f" else 2e-4, f"forward over reverse, {name}")
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_every_finite_half_is_read_and_written_exactly(implementation):
     """Subnormals too, although XLA's threads read subnormal floats as 0."""
     f = np.arange(2**16, dtype=np.uint16).view(np.float16)

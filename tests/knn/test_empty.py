@@ -18,9 +18,12 @@ RAYS = {**MAPPED, "R": 3, "N": 4}
 
 
 def some_empty(sizes):
-    """All sizes, of which one or two are 0."""
+    """All sizes, of which one is 0, or, in thorough tests, two."""
     names = [*((a,) for a in sizes), *itertools.combinations(sizes, 2)]
-    return [pytest.param({**sizes, **dict.fromkeys(some, 0)}, id="+".join(some)) for some in names]
+    marks = {1: (), 2: pytest.mark.thorough}
+    return [
+        pytest.param({**sizes, **dict.fromkeys(some, 0)}, id="+".join(some), marks=marks[len(some)]) for some in names
+    ]
 
 
 def mapped(fn, of_queries, of_points):
@@ -50,6 +53,7 @@ def assert_zero(got, what):
 
 
 @pytest.mark.parametrize("sizes", some_empty(KNN))
+@pytest.mark.thorough_if(sizes={**KNN, "F": 0})  # as in test_semantics.py
 def test_aggregate(sizes, kernels, rng):
     S, T, B, Q, F, K = sizes.values()
     P = 5
@@ -115,6 +119,7 @@ def test_distortion(sizes, name, shared, kernels, rng):
 
 
 @pytest.mark.parametrize("name", KNN)
+@pytest.mark.thorough_if(name=["S", "T", "B", "F", "K"])
 def test_third_order(name, kernels, rng):
     S, T, B, Q, F, K = {**KNN, name: 0}.values()
     q = jnp.asarray(rng.normal(size=(B, S, Q, 3)))

@@ -31,6 +31,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("platforms", [None, ("cpu", "cuda")], ids=["this platform", "cpu and cuda"])
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.thorough_if(name="values", platforms=[("cpu", "cuda")])
+@pytest.mark.thorough_if(name="Eikonal step", platforms=[None])
 def test_round_trip(name, platforms, rng):
     if platforms and helpers.PLATFORM not in platforms:
         pytest.skip(f"the artifact for {platforms} does not run on {helpers.PLATFORM}")
@@ -150,6 +152,7 @@ SCENES = [{"b": 1, "q": 1}, {"b": 1, "q": 6}, {"b": 3, "q": 5}]
 
 
 @pytest.mark.parametrize("name", SYMBOLIC)
+@pytest.mark.thorough_if(name=["isotropic", "one scene", "one cloud, many scenes"])
 def test_symbolic_scenes_and_queries(name, rng, kernels, cuda_kernels):
     fn, given = SYMBOLIC[name]
     exported = assert_serves(fn, given, SCENES, rng)
@@ -199,6 +202,8 @@ def flat(w, m, interval, ids, **options):
 @pytest.mark.parametrize("shared", [False, True], ids=["intervals", "one interval"])
 @pytest.mark.parametrize("layout", ["dense", "flat"])
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(layout="dense", shared=True)
+@pytest.mark.thorough_if(layout="flat", shared=False)
 def test_symbolic_rays_and_samples(layout, shared, implementation, rng, cuda_kernels):
     fn, shape = {"dense": (dense, "r, n"), "flat": (flat, "n")}[layout]
     given = avals(jnp.float64, *[shape] * (2 if shared else 3), *(["n"] if layout == "flat" else []))
@@ -213,6 +218,7 @@ def test_symbolic_rays_and_samples(layout, shared, implementation, rng, cuda_ker
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.thorough_if(reduction=["sum", "none"])
 def test_symbolic_sizes_with_options(reduction, rng, cuda_kernels):
     def fn(w, m, ids):
         options = {"reduction": reduction, "sort": True}

@@ -12,6 +12,8 @@ import jax_knn_aggregate as jka
 from jax_knn_aggregate.core import ffi
 
 Q, P, F, K = 6, 9, 3, 4
+#: (Q, P, F, K, batch)
+SIZES = [(70, 300, 64, 33, (2,)), (5, 1, 1, 1, ()), (1, 64, 33, 16, (3,)), (300, 40, 2, 5, ())]
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def problem(rng):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(implementation="xla", metric="iso")
+@pytest.mark.thorough_if(implementation="xla")
 def test_reverse(metric, implementation, problem):
     """Each output, each argument, some and all: what is not asked for is not computed, and changes nothing."""
     x, idxs, ct, _ = problem(metric, batch=(2,))
@@ -50,10 +52,9 @@ def test_reverse_eager(implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.parametrize(
-    "size", [(70, 300, 64, 33, (2,)), (5, 1, 1, 1, ()), (1, 64, 33, 16, (3,)), (300, 40, 2, 5, ())], ids=str
-)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(size=SIZES[1:])
 def test_sizes(metric, size, implementation, problem):
     Q, P, F, K, batch = size
     x, idxs, ct, _ = problem(metric, batch=batch, Q=Q, P=P, F=F, K=K)
@@ -65,6 +66,7 @@ def test_sizes(metric, size, implementation, problem):
 
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(implementation="xla")
 def test_forward(metric, implementation, problem):
     x, idxs, _, v = problem(metric)
     op = helpers.outputs(metric, K, implementation)
@@ -93,6 +95,7 @@ def test_forward(metric, implementation, problem):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if(metric="iso")
 def test_jacobians(metric, implementation, problem):
     x, idxs, _, _ = problem(metric, Q=2, P=5, F=2, K=3)
     op = helpers.outputs(metric, 3, implementation)

@@ -126,7 +126,9 @@ def assert_same(metric, q, p, m, got, want, what):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(dtype=np.float64)
-@pytest.mark.thorough_if(metric="iso", P=[64, 131, 300])
+@pytest.mark.thorough_if(metric="aniso", K=48)
+@pytest.mark.thorough_if(P=[64, 300])
+@pytest.mark.thorough_if(metric="iso", K=[16, 33])
 def test_every_cloud(metric, dtype, P, K, kernels, rng):
     """Kernels in every way give bit for bit the same neighbours, and those of the reference but for rounding."""
     Q = 200
@@ -151,6 +153,7 @@ def test_every_cloud(metric, dtype, P, K, kernels, rng):
 
 
 @pytest.mark.parametrize("P", [1, 31, 32, 33, 1024, 1025, 40_000])
+@pytest.mark.thorough_if(P=[31, 1024, 40_000])
 def test_every_size(P, kernels, rng):
     """Leaves and groups that are full, or by one not; and a cloud large enough for an index of its own."""
     Q = 60 if P < 10_000 else 7000
@@ -168,6 +171,7 @@ def test_every_size(P, kernels, rng):
 
 
 @pytest.mark.parametrize("K", [1, 2, 17, 32, 33, 64, 65, 100, 256, 300])
+@pytest.mark.thorough_if(K=[2, 17, 32, 64, 65, 100, 300])
 def test_every_K(K, kernels, rng):
     Q, P = 40, 2000
     p, q = (jnp.asarray(rng.random((n, 3)), jnp.float32) for n in (P, Q))
@@ -216,7 +220,7 @@ def test_many_clouds(implementation, rng):
 
 
 @pytest.mark.parametrize("P", [7, 3000])
-@pytest.mark.thorough_if(implementation="xla", P=3000)
+@pytest.mark.thorough_if(implementation="xla")
 def test_an_index_of_a_longer_cloud(P, implementation, rng):
     """Points that only the index knows to exist are not found."""
     q, p, _, sigma, R = (jnp.asarray(a) for a in helpers.cloud(rng, "aniso", 50, P, 0, dtype=np.float32))
@@ -227,6 +231,7 @@ def test_an_index_of_a_longer_cloud(P, implementation, rng):
         np.testing.assert_array_equal(got, jka.knn_search_aniso(q, p, sigma, R, 7, **options).idxs)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_an_index_has_no_nan_of_its_own(implementation, rng):
     """Its empty places would stop a program under jax_debug_nans."""
     p, _, _, sigma, R = (jnp.asarray(a) for a in helpers.cloud(rng, "aniso", 33, 33, 0, dtype=np.float32))
@@ -345,7 +350,8 @@ def garbage(rng, index):
 
 @pytest.mark.parametrize("P, K", [(33, 4), (1025, 40), (40_000, 4)])
 @pytest.mark.parametrize("metric, dtype", [("iso", np.float32), ("aniso", np.float32), ("aniso", np.float64)])
-@pytest.mark.thorough_if(dtype=np.float64, P=40_000)
+@pytest.mark.thorough_if(dtype=np.float64)
+@pytest.mark.thorough_if(P=40_000)
 def test_whatever_an_index_holds(metric, dtype, P, K, kernels, rng):
     """Found are points that exist, or none; nothing outside the arrays is read (which sanitized builds see)."""
     q, p, _, *m = (jnp.asarray(a) for a in helpers.cloud(rng, metric, 500, P, 0, dtype=dtype))
@@ -366,6 +372,7 @@ def test_whatever_an_index_holds(metric, dtype, P, K, kernels, rng):
             assert found.min() >= -1 and found.max() < length, f"{name}: indices from {found.min()} to {found.max()}"
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_an_index_may_be_built_later(implementation, rng):
     """A program carries zeros until the first refresh; from there on, neighbours are the cloud's."""
     q, p, *_ = (jnp.asarray(a) for a in helpers.cloud(rng, "iso", 50, 1200, 0, dtype=np.float32))
@@ -383,6 +390,7 @@ def test_an_index_may_be_built_later(implementation, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.thorough_if(dtype=np.float64)
 def test_underflow(dtype, kernels, rng):
     """Where terms of distances underflow, and threads flush them, an index misses nothing that all pairs have.
 

@@ -47,7 +47,7 @@ def field(metric, implementation=None, **options):
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("metric", helpers.METRICS)
-@pytest.mark.thorough_if(cpu_implementation="xla", metric="iso")
+@pytest.mark.thorough_if(cpu_implementation="xla")
 def test_values_and_ties(metric, queries, cpu_implementation, mesh, rng):
     """Exact neighbours, equal distances by global index, with copies of each point on other devices."""
     in_specs = specs(QUERIES[queries], metric)
@@ -69,6 +69,7 @@ def test_values_and_ties(metric, queries, cpu_implementation, mesh, rng):
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(queries="replicated")
 def test_eikonal_step(queries, cpu_implementation, mesh, rng):
     """Differentiated from outside and inside of shard_map. Gradients of points are where the points are."""
     in_specs = specs(QUERIES[queries])
@@ -143,6 +144,8 @@ def test_more_neighbours_than_points_on_a_device(mesh, rng):
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("metric", helpers.METRICS)
+@pytest.mark.thorough_if(metric="aniso", queries="replicated")
+@pytest.mark.thorough_if(metric="iso", queries="own")
 def test_given_neighbours(metric, queries, mesh, rng):
     """Indices into the points of all devices, and what lies outside of them."""
     Q = 16
@@ -163,6 +166,8 @@ def test_given_neighbours(metric, queries, mesh, rng):
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(queries="replicated")
+@pytest.mark.thorough_if(metric="iso")
 def test_index_and_guesses(metric, queries, cpu_implementation, mesh, rng):
     """An index of each device's points, kept between calls, and guesses among the points of all."""
     split = QUERIES[queries]
@@ -246,7 +251,7 @@ def test_common_queries_with_own_indices_raise(mesh, rng):
 
     for name, op in {"knn_idxs": given, "warm_idxs": guessed}.items():
         with pytest.raises(ValueError, match=rf"{name} varies over points_axis 'p', but q does not.*Split both"):
-            over(mesh, op, in_specs, S("q"))(*args)
+            jax.eval_shape(over(mesh, op, in_specs, S("q")), *args)
 
 
 def test_half_precision_features(mesh, rng):
@@ -300,13 +305,14 @@ def test_errors(eight_cpu_devices, rng):
     x = helpers.cloud(rng, "aniso", 16, P, F)
 
     def call(points="p", check_vma=True, **options):
-        return jax.shard_map(
+        fn = jax.shard_map(
             lambda *x: jka.knn_aggregate_aniso(*x, **{"K": K, "points_axis": "p", **options}).f_out,
             mesh=mesh,
             in_specs=(S("q"), *[S(points)] * 4),
             out_specs=S("q"),
             check_vma=check_vma,
-        )(*x)
+        )
+        return jax.eval_shape(fn, *x)
 
     with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
         jka.knn_aggregate_aniso(*x, K, points_axis="p")

@@ -49,6 +49,7 @@ def single(name, implementation, x):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(check_vma=False)
 def test_sharded_queries_replicated_points(check_vma, cpu_implementation, mesh, rng):
     x = problem(rng)
     specs = (S("shard"), S(), S(), S(), S())
@@ -81,6 +82,7 @@ def test_gradient_inside(cpu_implementation, mesh, rng):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(check_vma=False)
 def test_sharded_clouds_replicated_queries(check_vma, cpu_implementation, mesh, rng):
     """Each shard has a cloud of its own, and all see the same queries."""
     x = problem(rng, (4,))
@@ -108,6 +110,7 @@ def test_sharded_clouds_replicated_queries(check_vma, cpu_implementation, mesh, 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(check_vma=False)
 def test_values_of_every_entry_point(check_vma, cpu_implementation, mesh, rng):
     x = problem(rng)
     options = {"implementation": cpu_implementation}
@@ -208,6 +211,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout, path", [*((name, None) for name in LAYOUTS), ("scenes and queries", "xla")])
 @pytest.mark.thorough_if(path="xla")
+@pytest.mark.thorough_if(grid=AxisType.Auto, layout=["queries over two axes", "scenes"])
+@pytest.mark.thorough_if(grid=AxisType.Explicit, layout=["queries", "scenes and queries"])
 def test_jit(layout, path, grid, rng):
     """Values, first and second derivatives; no collective forward, only all-reduce backward; results stay split."""
     specs, batch = LAYOUTS[layout]
@@ -229,8 +234,10 @@ def test_jit(layout, path, grid, rng):
         assert a.sharding.is_equivalent_to(NamedSharding(grid, s), a.ndim)
 
 
+@pytest.mark.parametrize("beyond", [False, True], ids=["", "third order"])
 @pytest.mark.thorough_if(grid=AxisType.Explicit)
-def test_jit_forward_mode_and_third_order(grid, rng):
+@pytest.mark.thorough_if(beyond=True)
+def test_jit_forward_mode_and_third_order(beyond, grid, rng):
     """The primitives that a reverse-mode step does not have: jvp, vjp_jvp, and the reference's own derivatives."""
     x, v = (problem(rng) for _ in range(2))
     specs = LAYOUTS["queries"][0]
@@ -238,10 +245,10 @@ def test_jit_forward_mode_and_third_order(grid, rng):
 
     def derivatives(*xv):
         x, v = xv[:5], xv[5:]
+        if beyond:
+            return jax.grad(lambda q: jnp.sum(jax.grad(loss)(q, *x[1:]) * v[0]))(x[0])
         first = jax.jvp(helpers.outputs("aniso", K), x, v)[1]
-        second = jax.jvp(jax.grad(losses(None)["first"], range(5)), x, v)[1]
-        third = jax.grad(lambda q: jnp.sum(jax.grad(loss)(q, *x[1:]) * v[0]))(x[0])
-        return first, second, third
+        return first, jax.jvp(jax.grad(losses(None)["first"], range(5)), x, v)[1]
 
     compiled = helpers.quick_jit(derivatives)
     placed = helpers.place(grid, (*x, *v), specs * 2)
@@ -272,6 +279,7 @@ def test_third_order_outside_jit(cpu_devices, rng):
 
 
 @pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(grid=AxisType.Explicit)
 def test_jit_every_entry_point(cpu_implementation, grid, rng):
     x = problem(rng)
     options = {"implementation": cpu_implementation}
@@ -303,8 +311,11 @@ def test_jit_every_entry_point(cpu_implementation, grid, rng):
 
 @pytest.mark.parametrize("metric", helpers.METRICS)
 @pytest.mark.parametrize("layout", ["queries", "scenes and queries"])
-@pytest.mark.thorough_if(cpu_implementation="xla", metric="aniso")
-@pytest.mark.thorough_if(cpu_implementation="xla", layout="scenes and queries")
+@pytest.mark.thorough_if(cpu_implementation="xla")
+@pytest.mark.thorough_if(grid=AxisType.Auto, metric="iso")
+@pytest.mark.thorough_if(grid=AxisType.Explicit, metric="aniso")
+@pytest.mark.thorough_if(layout="queries", metric="aniso")
+@pytest.mark.thorough_if(layout="scenes and queries", metric="iso")
 def test_jit_index_and_guesses(layout, metric, cpu_implementation, grid, rng):
     """Guesses split as the queries, an index as the scenes; no collective, and results stay split."""
     specs, batch = LAYOUTS[layout]
@@ -343,6 +354,8 @@ def test_replicated_operands_join_split_ones(grid, rng):
 
 
 @pytest.mark.parametrize("manual", [(), ("a",), ("a", "b")], ids=["jit", "partially manual", "fully manual"])
+@pytest.mark.thorough_if(grid=AxisType.Auto, manual=[("a",), ("a", "b")])
+@pytest.mark.thorough_if(grid=AxisType.Explicit, manual=[(), ("a", "b")])
 def test_scan_of_remat_of_vmap(manual, grid, rng):
     """Descent on scenes, split over a, of queries, split over b."""
     specs = (S("a", "b"), *[S("a")] * 4)
@@ -392,9 +405,11 @@ def test_uneven_shards_are_gathered(eight_cpu_devices, rng):
     helpers.assert_trees_close(compiled(*placed), helpers.oracle_jit(fn)(*x), 1e-9)
 
 
-@pytest.mark.parametrize("each", [jax.vmap, lambda f: functools.partial(jax.lax.map, f)], ids=["vmap", "map"])
-def test_parts_of_a_mesh_axis_are_gathered(each, eight_cpu_devices, rng):
+@pytest.mark.parametrize("over", ["vmap", "map"])
+@pytest.mark.thorough_if(over="map")
+def test_parts_of_a_mesh_axis_are_gathered(over, eight_cpu_devices, rng):
     """Queries in chunks, fewer than devices: a reshape leaves each axis split over a part of the mesh axis."""
+    each = {"vmap": jax.vmap, "map": lambda f: functools.partial(jax.lax.map, f)}[over]
     mesh = Mesh(np.array(eight_cpu_devices[:4]), ("a",))
     x = helpers.cloud(rng, "aniso", 16, P, F)
     loss = losses(None)["Eikonal"]

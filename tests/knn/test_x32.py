@@ -27,6 +27,7 @@ def with_x64(fn, *args):
         return fn(*args)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_values(x, implementation):
     idxs = helpers.oracle_search("aniso", x, K)
     want = helpers.oracle_values("aniso", helpers.wide(x), idxs)
@@ -67,6 +68,7 @@ def test_derivatives(x, implementation, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64], ids=["int64", "uint64"])
+@pytest.mark.thorough_if(implementation="xla")
 def test_wide_integers_are_not_cut(x, dtype, implementation):
     """jnp.asarray would make 2**32 + 1 a 1, a neighbour that nobody named."""
     big = [2**32, 2**32 + 1, 2**40 + 3, 2**62, 2**63 - 1]
@@ -91,6 +93,7 @@ def test_wide_integers_are_not_cut(x, dtype, implementation):
         np.testing.assert_array_equal(out.idxs, -1)
 
 
+@pytest.mark.thorough_if(implementation="xla")
 def test_vmap_and_table(x, implementation):
     table = jka.build_knn_table(x[1], K, implementation=implementation)
     assert table.dtype == jnp.int32

@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITHOUT_BLOCKS = ("performance.md", "sdf.md")
-SLOW = ("recipes.md", "hash_grid.md")  # they train something
+DEFAULT = ("README.md", "building.md", *WITHOUT_BLOCKS)  # the other pages' blocks are run by thorough tests
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_quotes_are_exact(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-@pytest.mark.thorough_if(path=[ROOT / "docs" / name for name in SLOW])
+@pytest.mark.thorough_if(path=[path for path in FILES if path.name not in DEFAULT])
 def test_python_blocks_run(path):
     names = {}
     blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)

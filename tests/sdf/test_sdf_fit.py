@@ -17,7 +17,7 @@ import trimesh
 from PIL import Image
 
 from jax_knn_aggregate.cli import main
-from jax_knn_aggregate.sdf import train
+from jax_knn_aggregate.sdf import mesh, train
 from jax_knn_aggregate.sdf.model import SignedDistance
 from jax_knn_aggregate.sdf.render import render
 from jax_knn_aggregate.sdf.shapes import SHAPES, shape_scan
@@ -26,7 +26,10 @@ SMALL = ["--steps", "60", "--points", "400", "--batch", "256", "--cells", "48"]
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
+def small(monkeypatch):
+    """Few samples and small pictures."""
+    monkeypatch.setattr("jax_knn_aggregate.sdf.run.Config", functools.partial(train.Config, samples=20_000))
+    monkeypatch.setattr("jax_knn_aggregate.sdf.run.evaluate", functools.partial(mesh.evaluate, count=10_000))
     monkeypatch.setattr("jax_knn_aggregate.sdf.run.render", functools.partial(render, size=180))
 
 
@@ -37,14 +40,14 @@ def run(out, *arguments):
     assert out.name in [path.name for path in out.parent.iterdir()]
     assert not list(out.parent.glob(".*"))  # nothing is left of the folder it was written in
     document = json.loads((out / "metrics.json").read_text())
-    mesh = trimesh.load(out / "mesh.ply")
-    assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
+    surface = trimesh.load(out / "mesh.ply")
+    assert surface.is_watertight and surface.is_winding_consistent and surface.volume > 0
     assert document["metrics"]["watertight"] is True
     with Image.open(out / "picture.png") as picture:
         pixels = np.asarray(picture)
     assert pixels.shape == (180, 360, 3)
     assert 0.02 < (pixels < 250).any(axis=2).mean() < 0.9
-    return document, mesh
+    return document, surface
 
 
 def test_built_in_solid(tmp_path, capsys):
@@ -80,11 +83,11 @@ def test_thin_box_of_points_keeps_both_sides(tmp_path):
     box.apply_translation((5e5, 4e6, 0.0))
     points, face = trimesh.sample.sample_surface(box, 4000, seed=0)
     np.savetxt(tmp_path / "box.xyz", np.concatenate([points, box.face_normals[face]], axis=1))
-    document, mesh = run(tmp_path / "out", tmp_path / "box.xyz")
+    document, surface = run(tmp_path / "out", tmp_path / "box.xyz")
     assert document["input"]["kind"] == "points"
     assert document["metrics"]["points_to_surface_mean_pct_diag"] < 0.2
-    np.testing.assert_allclose(mesh.bounds, box.bounds, rtol=0, atol=0.05)
-    assert mesh.volume == pytest.approx(0.05, rel=0.1)
+    np.testing.assert_allclose(surface.bounds, box.bounds, rtol=0, atol=0.05)
+    assert surface.volume == pytest.approx(0.05, rel=0.1)
 
 
 def test_shapes_are_what_they_claim():
