@@ -89,11 +89,14 @@ inline int64_t ParameterCount(const int64_t* width, int layers) {
   return count;
 }
 
+// Blocks that a sum is shared by on CUDA, divided by the count of sums, and no more than are resident at a time.
+inline constexpr int kMlpCudaPieces = 264;
+
 // What CUDA kernels want to write to behind their results, whatever N is, with `bytes` for each number that is computed
 // with: `sum_entries` is the count of sum_batch where gradients in weights or biases are wanted, else 0.
 inline int64_t MlpCudaScratchBytes(const int64_t* width, int layers, int64_t bytes, int64_t sum_entries) {
-  constexpr int64_t kPieces = 264;
-  return kPieces * ParameterCount(width, layers) * bytes * sum_entries;
+  const int64_t pieces = sum_entries > kMlpCudaPieces ? sum_entries : kMlpCudaPieces;
+  return sum_entries == 0 ? 0 : pieces * ParameterCount(width, layers) * bytes;
 }
 
 }  // namespace knn
