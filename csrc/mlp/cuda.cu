@@ -134,7 +134,6 @@ struct Scalars {
   using Number = T;
   using Element = T;
   using Activated = T;
-  static constexpr bool kTensor = false;
   static constexpr int kStep = 1, kLow = 1;
   struct A {
     T x[2];
@@ -194,7 +193,6 @@ struct Floats {
   using Number = float;
   using Element = float;
   using Activated = Quick<kSplit>;
-  static constexpr bool kTensor = true;
   static constexpr int kStep = 16, kLow = kSplit ? 2 : 1;
   struct A {
     float x[2][4];
@@ -307,7 +305,6 @@ struct Halves {
   using Number = float;
   using Element = uint16_t;
   using Activated = Quick<false>;
-  static constexpr bool kTensor = true;
   static constexpr int kStep = 16, kLow = 1;
   struct A {
     uint32_t x[4];
@@ -479,6 +476,7 @@ struct Plan {
   int rows;            // of a tile; with tangents as many rows again follow
   bool resident;       // all weights are in shared memory, rather than one layer's at a time
   bool sums_shared;    // so are sums of gradients, rather than in scratch
+  bool kept;           // layers of a tile are in scratch, and in shared memory one at a time
   bool weights_vary;   // between batch entries
   int lowest;          // the first layer whose gradients are wanted, of weights or x
   int pieces;          // blocks that share in a sum
@@ -489,6 +487,7 @@ struct Plan {
   int delta[2];                          // the gradient in p, of layers in turn
   int64_t parameter[kMaxLayers];         // where a layer's begin, in a piece of the sums
   int64_t parameters, tiles_of_entry, tiles;  // of a piece
+  int64_t keep, keep_of_block;                // bytes of scratch before what is kept, and of a block's
   SplitBatch split;
 };
 
@@ -524,6 +523,7 @@ struct Block {
   const Plan& plan;
   char* memory;
   T* piece;
+  char* keep;
   int span;  // rows of a tile, those of tangents too
   Stored stored;
 
@@ -865,6 +865,27 @@ struct Block {
     }
   }
 
+  // Copies what layer l takes, and σ' of that, to what is kept of the tile, or back. A thread reads what it wrote.
+  __device__ __forceinline__ void Keep(int l, bool back) const {
+    const int width = mlp.width[l];
+    char* kept = keep;
+    for (int k = 0; k < l; ++k) kept += MlpCudaKeptBytes(mlp.width[k], k, sizeof(T));
+    const auto copy = [&](int at, int bytes) {
+      auto* here = reinterpret_cast<float4*>(memory + at);
+      auto* there = reinterpret_cast<float4*>(kept);
+      for (int i = threadIdx.x; i < bytes / 16; i += kThreads) {
+        if (back) {
+          here[i] = there[i];
+        } else {
+          there[i] = here[i];
+        }
+      }
+      kept += bytes;
+    };
+    copy(plan.h[l], span * StrideOf<E>(width) * sizeof(E));
+    if (l > 0) copy(plan.slope[l - 1], span * StrideOf<T>(width) * sizeof(T));
+  }
+
   __device__ __forceinline__ void ClearSums() const {
     if (plan.sums_shared) {
       for (int l = plan.lowest; l < mlp.layers; ++l) {
@@ -898,12 +919,13 @@ template <class P, bool kDual, bool kBackward, class T = typename P::Number>
 __global__ void __launch_bounds__(kThreads, kBackward ? 1 : 2)
     RunTiles(const __grid_constant__ Mlp<T, T> mlp, const __grid_constant__ Plan plan, T* pieces) {
 #if __CUDA_ARCH__ < 800
-  if constexpr (P::kTensor) return;  // not launched
+  if constexpr (!std::is_same_v<P, Scalars<T>>) return;  // not launched
 #endif
   extern __shared__ float4 shared[];
   const uint32_t set = blockIdx.x / plan.pieces, part = blockIdx.x - set * plan.pieces;
   const Block<P, kDual, kBackward> block = {
-      mlp,  plan, reinterpret_cast<char*>(shared), pieces + blockIdx.x * plan.parameters, plan.rows * (kDual ? 2 : 1),
+      mlp,  plan, reinterpret_cast<char*>(shared), pieces + blockIdx.x * plan.parameters,
+      reinterpret_cast<char*>(pieces) + plan.keep + blockIdx.x * plan.keep_of_block, plan.rows * (kDual ? 2 : 1),
       P::StoredAs(mlp.stored)};
   const bool sums = kBackward && plan.parameters > 0;
   if (sums) block.ClearSums();
@@ -922,10 +944,9 @@ __global__ void __launch_bounds__(kThreads, kBackward ? 1 : 2)
     __syncthreads();
 #pragma unroll 1
     for (int l = 0; l < mlp.layers; ++l) {
-      if (!plan.resident) {
-        block.LoadLayer(l, b);
-        __syncthreads();
-      }
+      if (kBackward && plan.kept) block.Keep(l, false);
+      if (!plan.resident) block.LoadLayer(l, b);
+      if (!plan.resident || plan.kept) __syncthreads();
       block.Forward(l, b, first, rows);
       __syncthreads();
     }
@@ -933,8 +954,9 @@ __global__ void __launch_bounds__(kThreads, kBackward ? 1 : 2)
 #pragma unroll 1
       for (int l = mlp.layers - 1; l >= plan.lowest; --l) {
         const bool goes_on = l > plan.lowest || (l == 0 && WantsRows(mlp));
-        if (!plan.resident && goes_on && l + 1 < mlp.layers) {
-          block.LoadLayer(l, b);
+        if (l + 1 < mlp.layers && !(plan.resident && !plan.kept)) {
+          if (plan.kept) block.Keep(l, true);
+          if (!plan.resident && goes_on) block.LoadLayer(l, b);
           __syncthreads();
         }
         if (goes_on) block.Back(l, b, first, rows);
@@ -1007,14 +1029,20 @@ void LayOut(const Mlp<T, T>& mlp, Plan& plan) {
   }
   bytes += most;
   if (kBackward) {
+    for (int& delta : plan.delta) delta = elements(span, widest);
+  }
+  if (kBackward && !plan.kept) {
     for (int l = 0; l < L; ++l) plan.h[l] = elements(span, mlp.width[l]);
     for (int l = 0; l + 1 < L; ++l) plan.slope[l] = numbers(span, mlp.width[l + 1]);
-    for (int& delta : plan.delta) delta = elements(span, widest);
   } else {
     int widths[2] = {};
     for (int l = 0; l < L; ++l) widths[l & 1] = std::max(widths[l & 1], mlp.width[l]);
     const int at[2] = {elements(span, widths[0]), elements(span, widths[1])};
     for (int l = 0; l < L; ++l) plan.h[l] = at[l & 1];
+    if (kBackward) {
+      const int slope = numbers(span, widest);
+      for (int l = 0; l + 1 < L; ++l) plan.slope[l] = slope;
+    }
   }
   if (plan.sums_shared) {
     for (int l = plan.lowest; l < L; ++l) {
@@ -1023,6 +1051,24 @@ void LayOut(const Mlp<T, T>& mlp, Plan& plan) {
     }
   }
   plan.bytes = static_cast<int>(Min(bytes, int64_t{1} << 30));
+}
+
+// The first of layouts that fits.
+template <class P, bool kDual, bool kBackward, class T = typename P::Number>
+bool Fit(const Mlp<T, T>& mlp, bool sums, int shared, Plan& plan) {
+  const auto fits = [&](int span, bool resident, bool sums_shared, bool kept) {
+    plan.resident = resident, plan.sums_shared = sums && sums_shared, plan.kept = kept;
+    plan.rows = kDual ? span / 2 : span;
+    LayOut<P, kDual, kBackward>(mlp, plan);
+    return plan.bytes <= shared;
+  };
+  for (int span : {kBackward ? 64 : 128, 64, 32}) {
+    for (bool resident : {true, false}) {
+      if (fits(span, resident, true, false) || fits(span, resident, false, false)) return true;
+    }
+  }
+  if (!kBackward || MlpCudaKeptBytes(mlp.width, mlp.layers, sizeof(T)) == 0) return false;
+  return fits(kMlpCudaKeptRows, false, false, true);
 }
 
 template <class P, bool kDual, bool kBackward, class T = typename P::Number>
@@ -1059,20 +1105,7 @@ cudaError_t Launch(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multipro
   }
   if (sets == 0 || ((entries == 0 || mlp.N == 0) && !sums)) return cudaSuccess;
 
-  // The first of these that fits.
-  const bool choices[4][2] = {{true, true}, {true, false}, {false, true}, {false, false}};
-  bool fits = false;
-  for (int span : {kBackward ? 64 : 128, 64, 32}) {
-    for (int c = 0; c < 4 && !fits; ++c) {
-      plan.resident = choices[c][0];
-      plan.sums_shared = sums && choices[c][1];
-      plan.rows = kDual ? span / 2 : span;
-      LayOut<P, kDual, kBackward>(mlp, plan);
-      fits = plan.bytes <= shared;
-    }
-    if (fits) break;
-  }
-  if (!fits) return cudaErrorInvalidConfiguration;
+  if (!Fit<P, kDual, kBackward>(mlp, sums, shared, plan)) return cudaErrorInvalidConfiguration;
   const auto kernel = RunTiles<P, kDual, kBackward>;
   if (cudaError_t error = AllowSharedMemory(kernel, plan.bytes); error != cudaSuccess) return error;
   int resident_blocks = 1;
@@ -1086,10 +1119,14 @@ cudaError_t Launch(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multipro
   const int64_t resident = int64_t{multiprocessors} * std::max(1, resident_blocks);
   int64_t most = CeilDiv(resident, sets);
   if (sums) most = Min(most, Max(1, kMlpCudaPieces / sets));
+  if (plan.kept) most = Min(most, Max(1, kMlpCudaKeeping / sets));
   plan.pieces = static_cast<int>(Max(1, Min(plan.tiles, most)));
-  if (sums && sets * plan.pieces * plan.parameters * int64_t{sizeof(T)} > bytes) return cudaErrorMemoryAllocation;
-  if (cudaError_t error = CheckGrid(sets * plan.pieces); error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(sets * plan.pieces), kThreads, plan.bytes, stream>>>(mlp, plan, scratch);
+  const int64_t blocks = sets * plan.pieces;
+  plan.keep = MlpCudaSumBytes(blocks, plan.parameters, sizeof(T));
+  plan.keep_of_block = plan.kept ? MlpCudaKeptBytes(mlp.width, mlp.layers, sizeof(T)) : 0;
+  if (plan.keep + blocks * plan.keep_of_block > bytes) return cudaErrorMemoryAllocation;
+  if (cudaError_t error = CheckGrid(blocks); error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, plan.bytes, stream>>>(mlp, plan, scratch);
   if (sums) {
     const dim3 grid(static_cast<unsigned>(CeilDiv(plan.parameters, kWarp)), static_cast<unsigned>(sets));
     AddPieces<T><<<grid, kThreads, 0, stream>>>(mlp, plan, scratch);
@@ -1132,6 +1169,29 @@ cudaError_t LaunchMlp(const Mlp<T, T>& args, void* scratch, int64_t bytes, cudaS
     }
   }
   return launch(args, static_cast<T*>(scratch), bytes, multiprocessors, shared, stream);
+}
+
+bool MlpCudaServes(const int64_t* width, int layers, int64_t bytes) {
+  using namespace KNN_ISA;
+  int shared = 227 << 10;
+  if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess) cudaGetLastError();
+  // Tangents of all and gradients in all take most.
+  const auto fits = [&](auto kind) {
+    using P = decltype(kind);
+    using T = typename P::Number;
+    Mlp<T, T> mlp = {};
+    mlp.layers = layers;
+    static const T there = 0;
+    for (int l = 0; l < layers; ++l) mlp.weight[l].tangent.data = &there;
+    for (int l = 0; l <= layers; ++l) mlp.width[l] = static_cast<int>(width[l]);
+    Plan plan = {};
+    return Fit<P, true, true>(mlp, true, shared, plan);
+  };
+  for (int l = 0; l <= layers; ++l) {
+    if (width[l] > kMlpCudaMaxWidth) return false;
+  }
+  // Devices without matrix units keep floats of what has 16 bits.
+  return bytes == 8 ? fits(Scalars<double>()) : bytes == 4 ? fits(Floats<true>()) : fits(Halves<Stored::half>());
 }
 
 template cudaError_t LaunchMlp<float>(const Mlp<float, float>&, void*, int64_t, cudaStream_t);

@@ -11,6 +11,10 @@ namespace knn {
 template <class T>
 cudaError_t LaunchMlp(const Mlp<T, T>& args, void* scratch, int64_t bytes, cudaStream_t stream);
 
+// Whether shared memory of the first device has room for all that kernels do with these widths, of elements of so many
+// bytes; where there is no device, whether that of an H100 has.
+bool MlpCudaServes(const int64_t* width, int layers, int64_t bytes);
+
 }  // namespace knn
 
 #endif  // JKA_MLP_CUDA_H_
