@@ -16,6 +16,9 @@
 #include "knn/invert/invert.h"
 #include "knn/search/search.h"
 #include "mlp/mlp.h"
+#ifdef KNN_CUDA
+#include "mlp/cuda.h"
+#endif
 
 namespace nb = nanobind;
 
@@ -107,6 +110,16 @@ NB_MODULE(_ext, m) {
         return knn::MlpCudaScratchBytes(widths.data(), static_cast<int>(widths.size()) - 1, bytes, sum_entries);
       },
       "See csrc/mlp/mlp.h.");
+  m.def(
+      "mlp_cuda_serves",
+      [](const std::vector<int64_t>& widths, int64_t bytes) {
+#ifdef KNN_CUDA
+        return knn::MlpCudaServes(widths.data(), static_cast<int>(widths.size()) - 1, bytes);
+#else
+        return false;
+#endif
+      },
+      "See csrc/mlp/cuda.h.");
   m.def("build_info", &BuildInfo, "How this module was built.");
   m.def(
       "ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },

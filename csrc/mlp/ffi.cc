@@ -124,7 +124,7 @@ ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t parts,
     using S = decltype(s);
     const auto read = Read<T, S>(in, given, want, {parts, layers, biases, kinds, parameters, precision});
     const int64_t bytes = in.NextRetSize();
-    uint8_t* scratch = in.RetIf<uint8_t>(WantsSums(read), Batch{}, {bytes});
+    uint8_t* scratch = in.RetIf<uint8_t>(WantsSums(read) || WantsRows(read), Batch{}, {bytes});
     static_assert(sizeof(Mlp<T, S>) == sizeof(Mlp<T, T>));
     Mlp<T, T> mlp;
     std::memcpy(&mlp, &read, sizeof mlp);

@@ -73,22 +73,32 @@ KNN_FN Logistic<V> LogisticOf(V z) {
   return {SelectLess(z, zero, smaller, larger), SelectLess(z, zero, larger, smaller), Log1p(e)};
 }
 
-// The activation `kind` at p; c is its parameter. Where p is NaN the value is NaN.
+// An activation's parameter c and its inverse, worked out once and not at each p.
+template <class V>
+struct Parameter {
+  V c, inverse;
+};
+template <class V>
+KNN_FN Parameter<V> ParameterOf(double c) {
+  return {Number<V>(c), Number<V>(1 / c)};
+}
+
+// The activation `kind` at p. Where p is NaN the value is NaN.
 template <ActivationKind kind, class V>
-KNN_FN Jet<V> Activate(V p, double c) {
+KNN_FN Jet<V> Activate(V p, Parameter<V> parameter) {
+  const V c = parameter.c;
   using K = ActivationKind;
   const V zero = Number<V>(0), one = Number<V>(1);
   if constexpr (kind == K::relu) {
     return {SelectLess(p, zero, zero, p), SelectLess(zero, p, one, zero), zero};
   } else if constexpr (kind == K::leaky_relu) {
-    const V slope = Number<V>(c);
-    return {SelectLess(p, zero, slope * p, p), SelectLess(p, zero, slope, one), zero};
+    return {SelectLess(p, zero, c * p, p), SelectLess(p, zero, c, one), zero};
   } else if constexpr (kind == K::softplus) {
-    const Logistic<V> l = LogisticOf(Number<V>(c) * p);
-    return {SelectLess(p, zero, zero, p) + l.log * Number<V>(1 / c), l.s, Number<V>(c) * (l.s * l.rest)};
+    const Logistic<V> l = LogisticOf(c * p);
+    return {SelectLess(p, zero, zero, p) + l.log * parameter.inverse, l.s, c * (l.s * l.rest)};
   } else if constexpr (kind == K::sine) {
-    const V z = Number<V>(c) * p, sin = Sin(z);
-    return {sin, Number<V>(c) * Cos(z), Number<V>(-c) * (Number<V>(c) * sin)};
+    const V z = c * p, sin = Sin(z);
+    return {sin, c * Cos(z), -c * (c * sin)};
   } else if constexpr (kind == K::silu) {
     const Logistic<V> l = LogisticOf(p);
     const V slope = l.s * l.rest;
@@ -109,7 +119,7 @@ KNN_FN Jet<V> Activate(V p, double c) {
   } else if constexpr (kind == K::squareplus) {
     // With k = 2/c and h = √(p² + k²), f = (p + h)/2, f' = f/h and f'' = k²/(2h³). At p < 0, where f would cancel, it
     // is k²/4 over (h + |p|)/2.
-    const V k = Number<V>(2 / c), half = Number<V>(1 / c), size = SelectLess(p, zero, -p, p);
+    const V half = parameter.inverse, k = half + half, size = SelectLess(p, zero, -p, p);
     const V larger = SelectLess(size, k, k, size), smaller = SelectLess(size, k, size, k), ratio = smaller / larger;
     const V h = larger * Sqrt(one + ratio * ratio), far = Scale(0.5, h) + Scale(0.5, size);
     const V value = SelectLess(p, zero, half * (half / far), far), part = k / h;
@@ -132,6 +142,11 @@ KNN_FN Jet<V> Activate(V p, double c) {
   } else {
     return {p, one, zero};
   }
+}
+
+template <ActivationKind kind, class V>
+KNN_FN Jet<V> Activate(V p, double c) {
+  return Activate<kind>(p, ParameterOf<V>(c));
 }
 
 // Calls run(std::integral_constant<ActivationKind, kind>()).

@@ -91,11 +91,32 @@ inline int64_t ParameterCount(const int64_t* width, int layers) {
   return count;
 }
 
-// What CUDA kernels want to write to behind their results, whatever N is, with `bytes` for each number that is computed
-// with: `sum_entries` is the count of sum_batch where gradients in weights or biases are wanted, else 0.
+// Blocks that a sum is shared by on CUDA, divided by the count of sums, and no more than are resident at a time; and
+// blocks that keep layers of a tile of kMlpCudaKeptRows in scratch, where they are too large for shared memory.
+inline constexpr int kMlpCudaPieces = 264, kMlpCudaKeeping = 144, kMlpCudaKeptRows = 32;
+
+// What CUDA kernels may keep of layer l for a tile, of what it takes and of σ', with `bytes` for each number that is
+// computed with; and of all layers, or 0 if shared memory has room for these.
+KNN_FN int64_t MlpCudaKeptBytes(int64_t width, int l, int64_t bytes) {
+  return (l == 0 ? 1 : 2) * kMlpCudaKeptRows * ((width + 63) / 64 * 64) * bytes;
+}
+template <class W>
+int64_t MlpCudaKeptBytes(const W* width, int layers, int64_t bytes) {
+  int64_t kept = 0;
+  for (int l = 0; l < layers; ++l) kept += MlpCudaKeptBytes(width[l], l, bytes);
+  return kept > (int64_t{1} << 16) ? kept : 0;
+}
+
+// What CUDA kernels want to write to behind gradients, whatever N is: `sum_entries` is the count of sum_batch where
+// gradients in weights or biases are wanted, else 0. What is kept follows the sums.
+inline int64_t MlpCudaSumBytes(int64_t pieces, int64_t parameters, int64_t bytes) {
+  return (pieces * parameters * bytes + 127) / 128 * 128;
+}
 inline int64_t MlpCudaScratchBytes(const int64_t* width, int layers, int64_t bytes, int64_t sum_entries) {
-  constexpr int64_t kPieces = 264;
-  return kPieces * ParameterCount(width, layers) * bytes * sum_entries;
+  const int64_t pieces = sum_entries > kMlpCudaPieces ? sum_entries : kMlpCudaPieces;
+  const int64_t keeping = sum_entries > kMlpCudaKeeping ? sum_entries : kMlpCudaKeeping;
+  return (sum_entries == 0 ? 0 : MlpCudaSumBytes(pieces, ParameterCount(width, layers), bytes)) +
+         keeping * MlpCudaKeptBytes(width, layers, bytes);
 }
 
 }  // namespace knn

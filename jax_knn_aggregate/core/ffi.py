@@ -118,6 +118,11 @@ def mlp_cuda_scratch_bytes(widths: Sequence[int], item: int, sum_entries: int) -
     return _extension().mlp_cuda_scratch_bytes(list(widths), item, sum_entries)
 
 
+def mlp_cuda_serves(widths: Sequence[int], item: int) -> bool:
+    """Whether kernels of the perceptron have room for these widths on the machine's GPU (csrc/mlp/cuda.h)."""
+    return _extension().mlp_cuda_serves(list(widths), item)
+
+
 def filter_error() -> tuple[float, float]:
     """The error bound of the search by tensor cores: relative, and absolute. For its test."""
     return _extension().filter_error()

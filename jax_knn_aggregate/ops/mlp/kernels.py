@@ -115,11 +115,11 @@ def _kernels(layout: Layout) -> dict[str, Kernel]:
 
 
 def _scratch(layout: Layout, platform: str, batch: Shape, x: Group, results: Group) -> list[jax.ShapeDtypeStruct]:
-    entries = _sum_entries(layout, batch, results)
-    if platform != "cuda" or entries is None:
+    if platform != "cuda" or not any(r is not None for r in results[: layout.operands]):
         return []
-    item = max(x[0].dtype.itemsize, 4)
-    return [jax.ShapeDtypeStruct((ffi.mlp_cuda_scratch_bytes(layout.widths(x), item, size(entries)),), jnp.uint8)]
+    entries = _sum_entries(layout, batch, results)
+    sums, item = 0 if entries is None else size(entries), max(x[0].dtype.itemsize, 4)
+    return [jax.ShapeDtypeStruct((ffi.mlp_cuda_scratch_bytes(layout.widths(x), item, sums),), jnp.uint8)]
 
 
 def _sum_entries(layout: Layout, batch: Shape, results: Group) -> Shape | None:
@@ -136,8 +136,11 @@ def _served(layout: Layout, role: str, kernel: Kernel) -> Kernel:
 
     def call(platform: str, batch: Shape, x: Group, aux: Group, *rest: Group) -> list[jax.Array] | None:
         *groups, results = rest
-        if max(layout.widths(x)) > ffi.number(f"{platform}.mlp_max_width"):
+        widths = layout.widths(x)
+        if max(widths) > ffi.number(f"{platform}.mlp_max_width"):
             return None
+        if platform == "cuda" and not ffi.mlp_cuda_serves(widths, x[0].dtype.itemsize):
+            return None  # shared memory has no room
         if platform == "cuda" and known(size(_sum_entries(layout, batch, results) or ()), None) is None:
             return None  # scratch would be of a size that is not known yet
 
