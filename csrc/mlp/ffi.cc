@@ -11,7 +11,7 @@
 
 #include "common/bind.h"
 #include "mlp/cpu.h"
-#ifdef KNN_CUDA
+#ifdef KNN_MLP_CUDA
 #include "mlp/cuda.h"
 #endif
 
@@ -113,7 +113,7 @@ ffi::Future Cpu(ffi::ThreadPool pool, int64_t given, int64_t want, int32_t parts
 
 XLA_FFI_DEFINE_HANDLER(kCpu, Cpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
 
-#ifdef KNN_CUDA
+#ifdef KNN_MLP_CUDA
 
 ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t parts, int32_t layers, int32_t biases,
                 ffi::Span<const int32_t> kinds, ffi::Span<const double> parameters, int32_t precision,
@@ -134,14 +134,14 @@ ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t parts,
 
 KNN_CUDA_HANDLER(kCuda, Cuda, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_ATTRIBUTES);
 
-#endif  // KNN_CUDA
+#endif  // KNN_MLP_CUDA
 
 }  // namespace
 
 std::vector<Registration> MlpRegistrations() {
   return {
       {"cpu", "mlp", kCpu},
-#ifdef KNN_CUDA
+#ifdef KNN_MLP_CUDA
       {"cuda", "mlp", kCuda},
 #endif
   };
