@@ -22,18 +22,17 @@ struct CpuKernel {
 };
 
 // Every CPU kernel file is compiled once for each of these, with KNN_ISA set to the name, which is also the namespace
-// that the code ends up in. CMake defines KNN_X86_LEVELS where the compiler can target them.
-#ifdef KNN_X86_LEVELS
+// that the code ends up in; KNN_BEST calls a function of the best of them. CMake defines KNN_AVX2 where the compiler
+// can target them, and KNN_AVX512 with it unless fewer are asked for.
+#if defined(KNN_AVX512)
 #define KNN_FOR_EACH_ISA(DO) DO(baseline) DO(avx2) DO(avx512)
-#else
-#define KNN_FOR_EACH_ISA(DO) DO(baseline)
-#endif
-
-// Calls a function of the best of them.
-#ifdef KNN_X86_LEVELS
 #define KNN_BEST(...) \
   (BestIsa() == Isa::avx512 ? avx512::__VA_ARGS__ : BestIsa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
+#elif defined(KNN_AVX2)
+#define KNN_FOR_EACH_ISA(DO) DO(baseline) DO(avx2)
+#define KNN_BEST(...) (BestIsa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
+#define KNN_FOR_EACH_ISA(DO) DO(baseline)
 #define KNN_BEST(...) baseline::__VA_ARGS__
 #endif
 

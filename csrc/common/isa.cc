@@ -5,14 +5,14 @@
 
 #include "common/cpu.h"
 
-#ifdef KNN_X86_LEVELS
+#ifdef KNN_AVX2
 #include <cpuid.h>
 #endif
 
 namespace knn {
 namespace {
 
-#ifdef KNN_X86_LEVELS
+#ifdef KNN_AVX2
 // Everything that -march=x86-64-v3 lets a compiler use, and that the operating system saves its registers.
 bool HasV3() {
   // Compilers know these three by name only since recently.
@@ -24,14 +24,18 @@ bool HasV3() {
          __builtin_cpu_supports("bmi2");
 }
 
+#ifdef KNN_AVX512
 bool HasV4() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#else
+bool HasV4() { return false; }
+#endif
 #endif
 
 Isa Supported() {
-#ifdef KNN_X86_LEVELS
+#ifdef KNN_AVX2
   __builtin_cpu_init();
   if (HasV3()) return HasV4() ? Isa::avx512 : Isa::avx2;
 #endif

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifndef KNN_ISA
 #define KNN_ISA generic
@@ -61,17 +62,16 @@ inline constexpr Stored kStored<BFloat16> = Stored::bfloat16;
 template <>
 inline constexpr Stored kStored<Half> = Stored::half;
 
-// The arguments of a kernel, which say it in `stored`, with that type for either kind.
-template <template <class, class> class Args, class T, class S>
-auto AnyHalf(const Args<T, S>& args) {
-  if constexpr (kStored<S> == Stored::whole) {
-    return args;
-  } else {
-    static_assert(sizeof(Args<T, S>) == sizeof(Args<T, Float16>));
-    Args<T, Float16> with;
-    std::memcpy(static_cast<void*>(&with), &args, sizeof with);
-    return with;
-  }
+template <class S>
+using AnyHalf = std::conditional_t<kStored<S> == Stored::whole, S, Float16>;
+
+// The arguments of a kernel, which say in `stored` how features are stored, with another type for these.
+template <class As, template <class, class> class Args, class T, class S>
+Args<T, As> Retyped(const Args<T, S>& args) {
+  static_assert(sizeof(Args<T, As>) == sizeof(Args<T, S>));
+  Args<T, As> retyped;
+  std::memcpy(static_cast<void*>(&retyped), &args, sizeof retyped);
+  return retyped;
 }
 
 }  // namespace knn

@@ -535,6 +535,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kMinWarps<N> / kWarps)
   }
 }
 
+// Whether few kernels are compiled for T, each for more cases than would be fastest.
+template <class T>
+constexpr bool kLean = sizeof(T) == 8;
+
 template <class T, bool kFlat, bool kTangents, Gradients kGradients>
 cudaError_t LaunchRays(const Distortion<T>& args, cudaStream_t stream) {
   // Where there are rays enough for all multiprocessors, a warp has several, and asks for the next one's samples ahead.
@@ -549,12 +553,16 @@ cudaError_t LaunchRays(const Distortion<T>& args, cudaStream_t stream) {
     return cudaGetLastError();
   };
   // Tiles hold a ray of mean length, if registers allow. One size for all rays of a call: with code for several in one
-  // kernel, warps would evict each other's instructions from the cache.
-  using N = std::conditional_t<kTangents, Dual<T>, T>;
-  const int64_t packets = CeilDiv(args.N, Rows(args) * kWarp * Packet<T>::kSize);
-  if (packets <= 1) return launch(RayKernel<T, kFlat, kTangents, kGradients, 1>);
-  if (packets == 2) return launch(RayKernel<T, kFlat, kTangents, kGradients, 2>);
-  return launch(RayKernel<T, kFlat, kTangents, kGradients, kMaxPackets<T, N>>);
+  // kernel, warps would evict each other's instructions from the cache. Doubles, which are rare, have one in all.
+  if constexpr (kLean<T>) {
+    return launch(RayKernel<T, kFlat, kTangents, kGradients, 2>);
+  } else {
+    using N = std::conditional_t<kTangents, Dual<T>, T>;
+    const int64_t packets = CeilDiv(args.N, Rows(args) * kWarp * Packet<T>::kSize);
+    if (packets <= 1) return launch(RayKernel<T, kFlat, kTangents, kGradients, 1>);
+    if (packets == 2) return launch(RayKernel<T, kFlat, kTangents, kGradients, 2>);
+    return launch(RayKernel<T, kFlat, kTangents, kGradients, kMaxPackets<T, N>>);
+  }
 }
 
 template <class T, bool kFlat>
@@ -564,9 +572,9 @@ cudaError_t Launch(const Distortion<T>& args, cudaStream_t stream) {
   if (HasTangents(args)) {
     return gradients ? LaunchRays<T, kFlat, true, kAll>(args, stream) : LaunchRays<T, kFlat, true, kNone>(args, stream);
   }
-  if (all) return LaunchRays<T, kFlat, false, kAll>(args, stream);
-  return gradients ? LaunchRays<T, kFlat, false, kWeights>(args, stream)
-                   : LaunchRays<T, kFlat, false, kNone>(args, stream);
+  if (!gradients) return LaunchRays<T, kFlat, false, kNone>(args, stream);
+  if (all || kLean<T>) return LaunchRays<T, kFlat, false, kAll>(args, stream);
+  return LaunchRays<T, kFlat, false, kLean<T> ? kAll : kWeights>(args, stream);
 }
 
 // Neighbouring threads look for neighbouring rays, and so read the same ids until their ways part.

@@ -5,7 +5,6 @@
 //               level_rows, where its rows begin, with the number of all behind
 
 #include <cmath>
-#include <cstring>
 
 #include "common/bind.h"
 #include "hash_grid/cpu.h"
@@ -81,7 +80,7 @@ ffi::Future Cpu(ffi::ThreadPool pool, int64_t given, int64_t want, int32_t featu
                 ffi::Span<const int32_t> hashed, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, /*first_core_ndim=*/2);
   return WithTypes(in, [&](auto t, auto s) {
-    const auto grid = AnyHalf(Read<decltype(t), decltype(s)>(
+    const auto grid = Retyped<AnyHalf<decltype(s)>>(Read<decltype(t), decltype(s)>(
         in, given, want, {features, interpolation, scales, level_rows, strides, hashed}));
     return RunCpu(pool, in, KNN_BEST(HashGridKernel(grid)), grid);
   });
@@ -117,10 +116,7 @@ ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t featur
         in.RetIf<T>(Bit(want, 0) && groups > 1, Batch{}, {groups, KNN_ISA::Count(read.batch) * read.N, read.dim});
     const int64_t bytes = in.NextRetSize();
     uint8_t* scratch = in.RetIf<uint8_t>(Bit(want, 1), Batch{}, {bytes});
-    static_assert(sizeof(HashGrid<T, S>) == sizeof(HashGrid<T, T>));
-    HashGrid<T, T> grid;
-    std::memcpy(&grid, &read, sizeof grid);
-    return RunCuda(in, [&] { return LaunchHashGrid(grid, parts, scratch, bytes, stream); });
+    return RunCuda(in, [&] { return LaunchHashGrid(Retyped<T>(read), parts, scratch, bytes, stream); });
   });
 }
 

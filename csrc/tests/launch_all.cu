@@ -156,7 +156,7 @@ void Exercise(MetricKind metric, int64_t Q, int64_t P, int64_t F, int64_t K, boo
   all.pieces = Allocate<T>(sets * ((pairs + kPiecePairs - 1) / kPiecePairs) * 2 * (F + kPieceTerms));
   for (auto role : {AggregateRole::kValue, AggregateRole::kJvp, AggregateRole::kVjp, AggregateRole::kVjpVjp,
                     AggregateRole::kVjpJvp}) {
-    Check(LaunchAggregate(all, metric, role, nullptr), "aggregate");
+    Check(LaunchAggregate(Retyped<AnyHalf<TF>>(all), metric, role, nullptr), "aggregate");
     Check(cudaDeviceSynchronize(), "synchronize");
   }
   Free();

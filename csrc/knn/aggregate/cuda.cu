@@ -21,26 +21,41 @@ constexpr int kPieceWarps = 4;  // of a block of pieces
 constexpr int kJoinWarps = 8;   // of a block of points
 constexpr int kRows = 4;        // rows of features that a team has in flight
 
-// kWidth features of a row that starts at `row`, widened.
-template <int kWidth, class T, class TF>
-__device__ __forceinline__ void LoadFeatures(const TF* row, T (&out)[kWidth]) {
-  struct alignas(sizeof(TF) * kWidth) Pack {
-    TF value[kWidth];
-  };
-  const Pack pack = *reinterpret_cast<const Pack*>(row);
+// kWidth neighbouring features, as they are stored. All that can be under way at once is loaded before any is widened.
+template <class TF, int kWidth>
+struct alignas(sizeof(TF) * kWidth) Packet {
+  TF value[kWidth];
+};
+template <int kWidth, class TF>
+__device__ __forceinline__ Packet<TF, kWidth> LoadFeatures(const TF* row) {
+  return *reinterpret_cast<const Packet<TF, kWidth>*>(row);
+}
+
+template <class T, class TF, int kWidth, int kCount>
+__device__ __forceinline__ void WidenFeatures(const Packet<TF, kWidth> (&in)[kCount], Stored stored,
+                                              T (&out)[kCount][kWidth]) {
+  const auto each = [&](auto widen) {
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) out[i] = Widen(pack.value[i]);
+    for (int r = 0; r < kCount; ++r) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) out[r][e] = widen(in[r].value[e]);
+    }
+  };
+  if constexpr (std::is_same_v<T, TF>) {
+    each([](T x) { return x; });
+  } else if (stored == Stored::bfloat16) {  // one branch for all of them
+    each([](TF x) { return Widen(BFloat16{x.bits}); });
+  } else {
+    each([](TF x) { return Widen(Half{x.bits}); });
+  }
 }
 
 template <int kWidth, class T, class TF>
-__device__ __forceinline__ void StoreFeatures(const T (&in)[kWidth], TF* row) {
-  struct alignas(sizeof(TF) * kWidth) Pack {
-    TF value[kWidth];
-  };
-  Pack pack;
+__device__ __forceinline__ void StoreFeatures(const T (&in)[kWidth], Stored stored, TF* row) {
+  Packet<TF, kWidth> packet;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) Narrow(in[i], &pack.value[i]);
-  *reinterpret_cast<Pack*>(row) = pack;
+  for (int e = 0; e < kWidth; ++e) Narrow(in[e], stored, &packet.value[e]);
+  *reinterpret_cast<Packet<TF, kWidth>*>(row) = packet;
 }
 
 // Tangents of a point's parameters, zero where there are none.
@@ -78,21 +93,28 @@ __device__ __forceinline__ T TeamSums(const T (&part)[kSums]) {
 // the lane's begin at `feature`. Pairs with j < 0 add nothing.
 template <int kDots, bool kSum, int kWidth, class T, class TF>
 __device__ __forceinline__ void VisitRows(const TF* f, int F, int feature, int32_t j, int count, T c,
-                                          const T (*g)[kWidth], T* dots, T (&sum)[kWidth]) {
+                                          const T (*g)[kWidth], Stored stored, T* dots, T (&sum)[kWidth]) {
   const bool inside = feature < F;
   if (inside) f += feature;
   T dot[kDots > 0 ? kDots : 1][kTeam] = {};
 #pragma unroll
   for (int group = 0; group < kTeam; group += kRows) {
     if (group < count) {
-      T x[kRows][kWidth];
+      Packet<TF, kWidth> packets[kRows];
+      bool adds[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         // Pairs and lanes that have nothing to load load something else: a load under a condition waits for the last.
         const int32_t row = __shfl_sync(kFullMask, j, group + r, kTeam);
-        LoadFeatures(f + int64_t{max(row, 0)} * F, x[r]);
+        packets[r] = LoadFeatures<kWidth>(f + int64_t{max(row, 0)} * F);
+        adds[r] = inside && row >= 0;
+      }
+      T x[kRows][kWidth];
+      WidenFeatures(packets, stored, x);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) x[r][e] = inside && row >= 0 ? x[r][e] : T(0);
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) x[r][e] = adds[r] ? x[r][e] : T(0);
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -238,16 +260,18 @@ __global__ void __launch_bounds__(kTeams* kTeam, kQueryBlocks<T, kOrder>)
       T b_a[2] = {0, 0};
       for (int block = first; block < last && (sums || dots); block += kSpan) {
         const int at = block + lane * kWidth;
-        T g[2][kWidth] = {};
-        if (dots && at < F) LoadFeatures(ct_f + at, g[0]);
-        if (v_ct_f != nullptr && at < F) LoadFeatures(v_ct_f + at, g[1]);
+        Packet<TF, kWidth> cotangents[2] = {};
+        if (dots && at < F) cotangents[0] = LoadFeatures<kWidth>(ct_f + at);
+        if (v_ct_f != nullptr && at < F) cotangents[1] = LoadFeatures<kWidth>(v_ct_f + at);
+        T g[2][kWidth];
+        WidenFeatures(cotangents, args.stored, g);
         const T c = kSecond ? -w * tangent.exponent : w;
-        VisitRows<kMoving ? 2 : kGradients ? 1 : 0, kSums>(f, F, at, j, present, c, g, b_a, sum);
+        VisitRows<kMoving ? 2 : kGradients ? 1 : 0, kSums>(f, F, at, j, present, c, g, args.stored, b_a, sum);
         if (kSecond && args.v_f.data != nullptr) {
-          VisitRows<1, kSums>(At(args.v_f, args.batch, b), F, at, j, present, w, g, b_a + 1, sum);
+          VisitRows<1, kSums>(At(args.v_f, args.batch, b), F, at, j, present, w, g, args.stored, b_a + 1, sum);
         }
         if (sums && start + kTeam >= K) {
-          if (at < F) StoreFeatures(sum, args.f_out + int64_t{row} * F + at);
+          if (at < F) StoreFeatures(sum, args.stored, args.f_out + int64_t{row} * F + at);
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) sum[e] = 0;
         }
@@ -354,11 +378,11 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
       if (half == 1) return;
       if (!from_before && offsets[point + 1] <= end) {
         const int64_t row = c * args.P + point;
-        if (inside) StoreFeatures(sum, args.f_bar + row * args.F + feature);
+        if (inside) StoreFeatures(sum, args.stored, args.f_bar + row * args.F + feature);
         if (geometry && column < kTerms) StoreTerm<M>(args, row, column, term);
       } else {
         T* place = args.pieces + (2 * int64_t{piece} + (from_before ? 0 : 1)) * (args.F + kPieceTerms);
-        if (inside) StoreFeatures(sum, place + feature);
+        if (inside) StoreFeatures(sum, Stored::whole, place + feature);
         if (geometry) place[args.F + column] = term;
       }
     };
@@ -423,15 +447,18 @@ __global__ void __launch_bounds__(kPieceWarps* kWarp, kPieceBlocks<T>)
 #pragma unroll
           for (int n = 0; n < kCotangents; ++n) {
             if (!(n == 0 ? features : v_features)) continue;
-            T x[kRows][kWidth], factor[kRows];
+            Packet<TF, kWidth> packets[kRows];
+            T factor[kRows];
             bool adds[kRows];
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {  // all at once, even if some are beyond the last
               const Row row = rows[min(l + 2 * r, last - 1)];
-              LoadFeatures(row.ct_f[n] + (inside ? feature : 0), x[r]);
+              packets[r] = LoadFeatures<kWidth>(row.ct_f[n] + (inside ? feature : 0));
               factor[r] = row.factor[n];
               adds[r] = l + 2 * r < last && Adds(row.factor[0]);
             }
+            T x[kRows][kWidth];
+            WidenFeatures(packets, args.stored, x);
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -488,20 +515,20 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
       const int column = block + lane * kWidth;
       T sum[kWidth] = {};
       for (int t = first; t < last && column < last_column; t += kRows) {
-        T x[kRows][kWidth];
+        Packet<T, kWidth> packets[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {  // all at once, even if some are beyond the last
           const int of = min(t + r, last - 1), place = 2 * of + (of == 0);  // the second place of the first piece
-          LoadFeatures(places + int64_t{place} * (F + kPieceTerms) + column, x[r]);
+          packets[r] = LoadFeatures<kWidth>(places + int64_t{place} * (F + kPieceTerms) + column);
         }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) sum[e] += t + r < last ? x[r][e] : T(0);
+          for (int e = 0; e < kWidth; ++e) sum[e] += t + r < last ? packets[r].value[e] : T(0);
         }
       }
       if (together) {
-        StoreFeatures(sum, &partial[warp][lane * kWidth]);
+        StoreFeatures(sum, Stored::whole, &partial[warp][lane * kWidth]);
         __syncthreads();
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
@@ -512,7 +539,7 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
         if (warp > 0) continue;
       }
       if (column < F) {
-        StoreFeatures(sum, args.f_bar + int64_t{row} * F + column);
+        StoreFeatures(sum, args.stored, args.f_bar + int64_t{row} * F + column);
       } else {
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
@@ -582,7 +609,6 @@ cudaError_t LaunchAggregate(const Aggregate<T, TF>& args, MetricKind metric, Agg
 
 template cudaError_t LaunchAggregate(const Aggregate<float, float>&, MetricKind, AggregateRole, cudaStream_t);
 template cudaError_t LaunchAggregate(const Aggregate<double, double>&, MetricKind, AggregateRole, cudaStream_t);
-template cudaError_t LaunchAggregate(const Aggregate<float, BFloat16>&, MetricKind, AggregateRole, cudaStream_t);
-template cudaError_t LaunchAggregate(const Aggregate<float, Half>&, MetricKind, AggregateRole, cudaStream_t);
+template cudaError_t LaunchAggregate(const Aggregate<float, Float16>&, MetricKind, AggregateRole, cudaStream_t);
 
 }  // namespace knn

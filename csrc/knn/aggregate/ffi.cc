@@ -106,7 +106,7 @@ ffi::Future Cpu(ffi::ThreadPool& pool, ffi::RemainingArgs args, ffi::RemainingRe
   return WithTypes(in, [&](auto t, auto tf) {
     using T = decltype(t);
     using TF = decltype(tf);
-    const auto aggregate = AnyHalf(Read<T, TF>(in, metric, role, masks, /*cuda=*/false));
+    const auto aggregate = Retyped<AnyHalf<TF>>(Read<T, TF>(in, metric, role, masks, /*cuda=*/false));
     return RunCpu(pool, in, KNN_BEST(AggregateKernel(metric, role, aggregate)), aggregate);
   });
 }
@@ -118,7 +118,7 @@ ffi::Error Cuda(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets
   return WithTypes(in, [&](auto t, auto tf) {
     using T = decltype(t);
     using TF = decltype(tf);
-    const Aggregate<T, TF> aggregate = Read<T, TF>(in, metric, role, masks, /*cuda=*/true);
+    const auto aggregate = Retyped<AnyHalf<TF>>(Read<T, TF>(in, metric, role, masks, /*cuda=*/true));
     return RunCuda(in, [&] { return LaunchAggregate(aggregate, metric, role, stream); });
   });
 }
