@@ -8,8 +8,8 @@
 //
 // Products are of matrix units in pieces of 16×16 (mma.sync): TF32, or 16 bits as stored, with sums in float. Float
 // proper is three products of TF32, of the leading bits of both factors and of those bits of one with the rest of the
-// other. Which entries of a piece a thread holds is free as far as both factors agree: columns and sums are dealt out so
-// that a thread reads and writes four neighbouring ones, or two, at a time.
+// other. Which entries of a piece a thread holds is free as far as both factors agree: columns and sums are dealt out
+// so that a thread reads and writes four neighbouring ones, or two, at a time.
 
 #include <algorithm>
 #include <type_traits>
@@ -23,8 +23,8 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp, kPiece = 16;
 
-// ---- Arithmetic of activations: float by instructions that are as exact as float needs, without the code for subnormal
-// numbers. Those that go with products of few bits are less exact.
+// ---- Arithmetic of activations: float by instructions that are as exact as float needs, without the code for
+// subnormal numbers. Those that go with products of few bits are less exact.
 
 template <bool kExact>
 struct Quick {
@@ -121,8 +121,8 @@ struct Matrix {
 
 __device__ __forceinline__ int Lane() { return threadIdx.x & (kWarp - 1); }
 
-// ---- Kinds of arithmetic. Each has a thread's share of a piece of A, of B and of sums, with `q` and `j` for eight rows
-// and four columns that a lane stands for. Of a piece of sums a thread has, in rows RowOf(q, h) for h = 0, 1, the
+// ---- Kinds of arithmetic. Each has a thread's share of a piece of A, of B and of sums, with `q` and `j` for eight
+// rows and four columns that a lane stands for. Of a piece of sums a thread has, in rows RowOf(q, h) for h = 0, 1, the
 // columns ColumnOf(j, i) for i = 0 … 3: entry (h, i) is sum[TileOf(i)][2h + EntryOf(i)]. Steps are of kStep in what is
 // summed over.
 
@@ -397,7 +397,8 @@ struct Halves {
 enum class Product { forward, back, sums };  // A Bᵀ, A B, Aᵀ B
 
 // Adds to `sum` the product of rows row[s] … + 15 of A with 16·groups columns from `column` on. Of Aᵀ B those rows are
-// columns, and what is summed over are rows k of A and k ^ flip of B; `ones`, if not null, adds up A's from ones_from on.
+// columns, and what is summed over are rows k of A and k ^ flip of B; `ones`, if not null, adds up A's from ones_from
+// on.
 template <class P, Product kind, int kGroups, int kSets, class T = typename P::Number, class E = typename P::Element>
 __device__ __forceinline__ void Multiply(T (&sum)[kGroups][kSets][2][4], Matrix<E> a, const int (&row)[kSets], int sets,
                                          Matrix<E> b, int column, int groups, int size, int flip = 0,
@@ -473,19 +474,19 @@ __device__ __forceinline__ const T* ArrayAt(const Operand<const T>& operand, con
 
 // Where things lie in shared memory, by bytes, and how work is divided.
 struct Plan {
-  int rows;            // of a tile; with tangents as many rows again follow
-  bool resident;       // all weights are in shared memory, rather than one layer's at a time
-  bool sums_shared;    // so are sums of gradients, rather than in scratch
-  bool kept;           // layers of a tile are in scratch, and in shared memory one at a time
-  bool weights_vary;   // between batch entries
-  int lowest;          // the first layer whose gradients are wanted, of weights or x
-  int pieces;          // blocks that share in a sum
+  int rows;           // of a tile; with tangents as many rows again follow
+  bool resident;      // all weights are in shared memory, rather than one layer's at a time
+  bool sums_shared;   // so are sums of gradients, rather than in scratch
+  bool kept;          // layers of a tile are in scratch, and in shared memory one at a time
+  bool weights_vary;  // between batch entries
+  int lowest;         // the first layer whose gradients are wanted, of weights or x
+  int pieces;         // blocks that share in a sum
   int bytes;
   int weight[kMaxLayers], weight_tangent[kMaxLayers], bias[kMaxLayers], bias_tangent[kMaxLayers];
   int sum[kMaxLayers], bias_sum[kMaxLayers];
-  int h[kMaxLayers], slope[kMaxLayers];  // what a layer takes; σ' and σ'' ṗ of what it returns
-  int delta[2];                          // the gradient in p, of layers in turn
-  int64_t parameter[kMaxLayers];         // where a layer's begin, in a piece of the sums
+  int h[kMaxLayers], slope[kMaxLayers];       // what a layer takes; σ' and σ'' ṗ of what it returns
+  int delta[2];                               // the gradient in p, of layers in turn
+  int64_t parameter[kMaxLayers];              // where a layer's begin, in a piece of the sums
   int64_t parameters, tiles_of_entry, tiles;  // of a piece
   int64_t keep, keep_of_block;                // bytes of scratch before what is kept, and of a block's
   SplitBatch split;
@@ -924,8 +925,12 @@ __global__ void __launch_bounds__(kThreads, kBackward ? 1 : 2)
   extern __shared__ float4 shared[];
   const uint32_t set = blockIdx.x / plan.pieces, part = blockIdx.x - set * plan.pieces;
   const Block<P, kDual, kBackward> block = {
-      mlp,  plan, reinterpret_cast<char*>(shared), pieces + blockIdx.x * plan.parameters,
-      reinterpret_cast<char*>(pieces) + plan.keep + blockIdx.x * plan.keep_of_block, plan.rows * (kDual ? 2 : 1),
+      mlp,
+      plan,
+      reinterpret_cast<char*>(shared),
+      pieces + blockIdx.x * plan.parameters,
+      reinterpret_cast<char*>(pieces) + plan.keep + blockIdx.x * plan.keep_of_block,
+      plan.rows * (kDual ? 2 : 1),
       P::StoredAs(mlp.stored)};
   const bool sums = kBackward && plan.parameters > 0;
   if (sums) block.ClearSums();
@@ -1109,8 +1114,7 @@ cudaError_t Launch(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multipro
   const auto kernel = RunTiles<P, kDual, kBackward>;
   if (cudaError_t error = AllowSharedMemory(kernel, plan.bytes); error != cudaSuccess) return error;
   int resident_blocks = 1;
-  if (cudaError_t error =
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident_blocks, kernel, kThreads, plan.bytes);
+  if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident_blocks, kernel, kThreads, plan.bytes);
       error != cudaSuccess) {
     return error;
   }
@@ -1138,8 +1142,9 @@ template <class P, class T = typename P::Number>
 cudaError_t LaunchKind(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multiprocessors, int shared,
                        cudaStream_t stream) {
   const bool dual = HasTangents(mlp), backward = WantsSums(mlp) || WantsRows(mlp);
-  const auto launch = dual ? backward ? Launch<P, true, true> : Launch<P, true, false>
-                      : backward ? Launch<P, false, true> : Launch<P, false, false>;
+  const auto launch = dual       ? backward ? Launch<P, true, true> : Launch<P, true, false>
+                      : backward ? Launch<P, false, true>
+                                 : Launch<P, false, false>;
   return launch(mlp, scratch, bytes, multiprocessors, shared, stream);
 }
 
@@ -1162,10 +1167,10 @@ cudaError_t LaunchMlp(const Mlp<T, T>& args, void* scratch, int64_t bytes, cudaS
   auto launch = LaunchKind<Scalars<T>>;
   if constexpr (sizeof(T) == 4) {
     if (major >= 8) {
-      launch = args.stored == Stored::bfloat16                       ? LaunchKind<Halves<Stored::bfloat16>>
-               : args.stored == Stored::half                         ? LaunchKind<Halves<Stored::half>>
-               : args.precision == ProductPrecision::highest         ? LaunchKind<Floats<true>>
-                                                                     : LaunchKind<Floats<false>>;
+      launch = args.stored == Stored::bfloat16               ? LaunchKind<Halves<Stored::bfloat16>>
+               : args.stored == Stored::half                 ? LaunchKind<Halves<Stored::half>>
+               : args.precision == ProductPrecision::highest ? LaunchKind<Floats<true>>
+                                                             : LaunchKind<Floats<false>>;
     }
   }
   return launch(args, static_cast<T*>(scratch), bytes, multiprocessors, shared, stream);

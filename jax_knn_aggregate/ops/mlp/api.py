@@ -31,10 +31,10 @@ def mlp(
 ) -> jax.Array:
     """A multilayer perceptron: h_0 = x; h_l = activation(W_l h_{l−1} + b_l), and output_activation in the last layer.
 
-    Differentiable in x, every weight and every bias, to any order, in forward and reverse mode. On CPUs, kernels compute
-    values and derivatives of first and second order: nothing of size (N, width) goes through memory, and gradients in
-    parameters have the same bits from run to run. They serve networks of up to 16 layers, up to 512 wide, with x in up
-    to 4 parts; others, other platforms, and higher orders run as plain JAX.
+    Differentiable in x, every weight and every bias, to any order, in forward and reverse mode. On CPUs, kernels
+    compute values and derivatives of first and second order: nothing of size (N, width) goes through memory, and
+    gradients in parameters have the same bits from run to run. They serve networks of up to 16 layers, up to 512 wide,
+    with x in up to 4 parts; others, other platforms, and higher orders run as plain JAX.
 
     Args:
       x: (..., N, I); or several such arrays, whose widths add up to I, that stand side by side without being
