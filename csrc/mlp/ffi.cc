@@ -93,8 +93,8 @@ ffi::Future Cpu(ffi::ThreadPool pool, int64_t given, int64_t want, int32_t parts
                 ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, /*first_core_ndim=*/2);
   return WithTypes(in, [&](auto t, auto s) {
-    const auto mlp =
-        AnyHalf(Read<decltype(t), decltype(s)>(in, given, want, {parts, layers, biases, kinds, parameters, precision}));
+    const auto mlp = Retyped<AnyHalf<decltype(s)>>(
+        Read<decltype(t), decltype(s)>(in, given, want, {parts, layers, biases, kinds, parameters, precision}));
     return RunCpu(pool, in, KNN_BEST(MlpKernel(mlp)), mlp);
   });
 }
@@ -125,10 +125,7 @@ ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t parts,
     const auto read = Read<T, S>(in, given, want, {parts, layers, biases, kinds, parameters, precision});
     const int64_t bytes = in.NextRetSize();
     uint8_t* scratch = in.RetIf<uint8_t>(WantsSums(read) || WantsRows(read), Batch{}, {bytes});
-    static_assert(sizeof(Mlp<T, S>) == sizeof(Mlp<T, T>));
-    Mlp<T, T> mlp;
-    std::memcpy(&mlp, &read, sizeof mlp);
-    return RunCuda(in, [&] { return LaunchMlp(mlp, scratch, bytes, stream); });
+    return RunCuda(in, [&] { return LaunchMlp(Retyped<T>(read), scratch, bytes, stream); });
   });
 }
 

@@ -253,7 +253,8 @@ void ExerciseHashGrid(int dim, int features, Interpolation interpolation, Stored
     grid.y = reinterpret_cast<T*>(Allocate<char>(B * N * outputs * width));
     grid.x_bar = Allocate<T>(B * N * dim);
     grid.table_bar = reinterpret_cast<T*>(Allocate<char>((shared ? 1 : B) * table * width));
-    Check(LaunchHashGrid(grid, Allocate<T>(2 * B * N * dim), Allocate<char>(bytes), bytes, nullptr), "hash grid");
+    T* parts = Allocate<T>(KNN_ISA::CeilDiv(grid.levels, KNN_ISA::LevelsOfThread(features)) * B * N * dim);
+    Check(LaunchHashGrid(grid, parts, Allocate<char>(bytes), bytes, nullptr), "hash grid");
     Check(cudaDeviceSynchronize(), "synchronize");
   }
   Free();
