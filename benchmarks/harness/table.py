@@ -85,22 +85,6 @@ def _against_plain(suite: str, keep: Callable[[str], bool]) -> str:
     return _table(["ms (times faster than plain JAX)", *columns], rows) + _notes(runs)
 
 
-def hash_grid() -> str:
-    """A row per device and workload: our milliseconds, and where plain JAX was measured, how many times longer it takes."""
-    runs = _runs("hash_grid")
-
-    def rows() -> Iterator[list[str]]:
-        for run in runs:
-            against = run["results"]["against_plain_JAX"]
-            for name, columns in run["results"]["ms"].items():
-                of_plain = against.get(name, {})
-                faster = {c: f" ({best['times_faster']:.1f}×)" for c, best in of_plain.items()}
-                yield [f"{_device(run)}, {name}", *(_ms(t) + faster.get(c, "") for c, t in columns.items())]
-
-    columns = list(dict.fromkeys(c for run in runs for of in run["results"]["ms"].values() for c in of))
-    return _table(["ms (times faster than plain JAX)", *columns], rows()) + _notes(runs)
-
-
 def scale() -> str:
     """The README's: a row per device and cloud."""
     runs = _runs("scale")
@@ -279,7 +263,7 @@ def rivals() -> str:
 
 
 def sources() -> str:
-    suites = ("knn_aggregate", "distortion", "hash_grid", "scale", "sweep", "breakdown", "crossover")
+    suites = ("knn_aggregate", "distortion", "scale", "sweep", "breakdown", "crossover")
 
     def rows() -> Iterator[list[str]]:
         for suite in suites:
@@ -299,7 +283,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **{
         f.__name__: f
         for f in (
-            hash_grid,
             scale,
             search,
             steps,
