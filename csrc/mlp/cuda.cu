@@ -318,11 +318,18 @@ struct Halves {
   static __device__ __forceinline__ int SumRowOf(int q, int h) { return q + 8 * h; }
   static __device__ __forceinline__ Stored StoredAs(Stored) { return kStored; }
 
-  static __device__ __forceinline__ uint16_t Rounded(float x, Stored) {
-    Float16 narrow;
-    Narrow(x, kStored, &narrow);
-    return narrow.bits;
+  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
+    uint32_t bits = 0;
+#if __CUDA_ARCH__ >= 800
+    if constexpr (kStored == Stored::bfloat16) {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    }
+#endif
+    return bits;
   }
+  static __device__ __forceinline__ uint16_t Rounded(float x, Stored) { return static_cast<uint16_t>(Pack(x, 0)); }
   // Four pieces of 8×8, of which a lane says where one row begins.
   template <bool kTransposed>
   static __device__ __forceinline__ void LoadPieces(uint32_t (&x)[4], const uint16_t* row) {
@@ -383,11 +390,10 @@ struct Halves {
     Mma(sum, a, kOnes, kOnes);
   }
   static __device__ __forceinline__ void StoreQuad(Matrix<uint16_t> m, int row, int column, int j, const float (&x)[4],
-                                                   Stored s) {
+                                                   Stored) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      *reinterpret_cast<uint32_t*>(m.At(row, column + 8 * c + 2 * j)) =
-          Rounded(x[2 * c], s) | uint32_t{Rounded(x[2 * c + 1], s)} << 16;
+      *reinterpret_cast<uint32_t*>(m.At(row, column + 8 * c + 2 * j)) = Pack(x[2 * c], x[2 * c + 1]);
     }
   }
 };
@@ -397,8 +403,7 @@ struct Halves {
 enum class Product { forward, back, sums };  // A Bᵀ, A B, Aᵀ B
 
 // Adds to `sum` the product of rows row[s] … + 15 of A with 16·groups columns from `column` on. Of Aᵀ B those rows are
-// columns, and what is summed over are rows k of A and k ^ flip of B; `ones`, if not null, adds up A's from ones_from
-// on.
+// columns, and what is summed over are rows k of A and k ^ flip of B; `ones`, if given, adds up A's from ones_from on.
 template <class P, Product kind, int kGroups, int kSets, class T = typename P::Number, class E = typename P::Element>
 __device__ __forceinline__ void Multiply(T (&sum)[kGroups][kSets][2][4], Matrix<E> a, const int (&row)[kSets], int sets,
                                          Matrix<E> b, int column, int groups, int size, int flip = 0,
@@ -448,26 +453,30 @@ __device__ __forceinline__ void Multiply(T (&sum)[kGroups][kSets][2][4], Matrix<
 // ---- Reading and writing arrays.
 
 template <class T>
-__device__ __forceinline__ T LoadFrom(const T* data, int64_t i, Stored stored) {
+__device__ __forceinline__ T LoadFrom(const T* data, int i, Stored stored) {
   if (sizeof(T) == 8 || stored == Stored::whole) return data[i];
   return static_cast<T>(Widen(Float16{reinterpret_cast<const uint16_t*>(data)[i]}, stored));
 }
 template <class T>
-__device__ __forceinline__ void StoreTo(T x, T* data, int64_t i, Stored stored) {
+__device__ __forceinline__ void StoreTo(T x, T* data, int i, Stored stored) {
   if (sizeof(T) == 8 || stored == Stored::whole) {
     data[i] = x;
   } else {
     Narrow(static_cast<float>(x), stored, reinterpret_cast<Float16*>(data) + i);
   }
 }
-// What At returns, for arrays whose elements may have 16 bits.
+// data + i, or null, and what At returns, for arrays whose elements may have 16 bits. T may be const.
+template <class T>
+__device__ __forceinline__ T* Advance(T* data, int64_t i, Stored stored) {
+  if (data == nullptr) return nullptr;
+  if (sizeof(T) == 8 || stored == Stored::whole) return data + i;
+  using Bits = std::conditional_t<std::is_const_v<T>, const uint16_t, uint16_t>;
+  return reinterpret_cast<T*>(reinterpret_cast<Bits*>(data) + i);
+}
 template <class T>
 __device__ __forceinline__ const T* ArrayAt(const Operand<const T>& operand, const Batch& batch, int64_t b, Stored s) {
   if (operand.data == nullptr) return nullptr;
-  const int64_t i = At(operand, batch, b) - operand.data;
-  return sizeof(T) == 8 || s == Stored::whole
-             ? operand.data + i
-             : reinterpret_cast<const T*>(reinterpret_cast<const uint16_t*>(operand.data) + i);
+  return Advance(operand.data, At(operand, batch, b) - operand.data, s);
 }
 
 // ---- What a block does.
@@ -507,7 +516,7 @@ __device__ __forceinline__ void CopyIn(Matrix<typename P::Element> to, int row, 
 #pragma unroll 4
     for (int r = threadIdx.x / kPiece; r < padded_rows; r += kThreads / kPiece) {
       const bool exists = from != nullptr && r < rows && c < columns;
-      const T x = exists ? LoadFrom(from, int64_t{r} * columns + c, stored) : T(0);
+      const T x = exists ? LoadFrom(from, r * columns + c, stored) : T(0);
       *to.At(row + r, column + c) = P::Rounded(x, stored);
     }
   }
@@ -569,18 +578,12 @@ struct Block {
       const int padded = part + 1 < mlp.parts ? width : Padded(mlp.width[0]) - column;
       const T* value = ArrayAt(mlp.x[part].value, mlp.batch, b, stored);
       const int64_t at = first * width;
-      CopyIn<P>(x, 0, column, Advance(value, at), rows, width, plan.rows, padded, stored);
+      CopyIn<P>(x, 0, column, Advance(value, at, stored), rows, width, plan.rows, padded, stored);
       if constexpr (kDual) {
         const T* tangent = ArrayAt(mlp.x[part].tangent, mlp.batch, b, stored);
-        CopyIn<P>(x, plan.rows, column, Advance(tangent, at), rows, width, plan.rows, padded, stored);
+        CopyIn<P>(x, plan.rows, column, Advance(tangent, at, stored), rows, width, plan.rows, padded, stored);
       }
     }
-  }
-  __device__ __forceinline__ const T* Advance(const T* data, int64_t i) const {
-    if (data == nullptr) return nullptr;
-    return sizeof(T) == 8 || stored == Stored::whole
-               ? data + i
-               : reinterpret_cast<const T*>(reinterpret_cast<const uint16_t*>(data) + i);
   }
 
   // A unit is 32 rows, of which with tangents half are those of the other half, by 16·kGroups columns.
@@ -723,26 +726,27 @@ struct Block {
                                          const T (&h)[2][4], const T (&slope)[2][4]) const {
     const int out = mlp.width[mlp.layers];
     if (mlp.y != nullptr) {
+      T* const y = Advance(mlp.y, (b * mlp.N + first) * out, stored);
 #pragma unroll
       for (int s = kDual ? 1 : 0; s < 2; ++s) {
         const int r = kDual ? row[0] : row[s];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int c = column + P::ColumnOf(j, i);
-          if (r < rows && c < out) StoreTo(h[s][i], mlp.y, (b * mlp.N + first + r) * out + c, stored);
+          if (r < rows && c < out) StoreTo(h[s][i], y, r * out + c, stored);
         }
       }
     }
     if constexpr (kBackward) {
-      const T* ct = ArrayAt(mlp.ct.value, mlp.batch, b, stored);
-      const T* moves = kDual ? ArrayAt(mlp.ct.tangent, mlp.batch, b, stored) : nullptr;
+      const T* ct = Advance(ArrayAt(mlp.ct.value, mlp.batch, b, stored), first * out, stored);
+      const T* moves = kDual ? Advance(ArrayAt(mlp.ct.tangent, mlp.batch, b, stored), first * out, stored) : nullptr;
       T delta[2][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = column + P::ColumnOf(j, i);
         if constexpr (kDual) {
           const bool exists = row[0] < rows && c < out;
-          const int64_t at = (first + row[0]) * out + c;
+          const int at = row[0] * out + c;
           const T a = exists ? LoadFrom(ct, at, stored) : T(0);
           const T da = exists && moves != nullptr ? LoadFrom(moves, at, stored) : T(0);
           delta[0][i] = a * slope[0][i];
@@ -751,7 +755,7 @@ struct Block {
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
             const bool exists = row[s] < rows && c < out;
-            delta[s][i] = exists ? LoadFrom(ct, (first + row[s]) * out + c, stored) * slope[s][i] : T(0);
+            delta[s][i] = exists ? LoadFrom(ct, row[s] * out + c, stored) * slope[s][i] : T(0);
           }
         }
       }
@@ -813,12 +817,12 @@ struct Block {
       int part = 0, c = column + P::ColumnOf(j, i);
       while (part < mlp.parts && c >= mlp.part_width[part]) c -= mlp.part_width[part++];
       if (part == mlp.parts || mlp.x_bar[part] == nullptr) continue;
+      const int width = mlp.part_width[part];
+      T* const to = Advance(mlp.x_bar[part], (b * mlp.N + first) * width, stored);
 #pragma unroll
       for (int s = kDual ? 1 : 0; s < 2; ++s) {
         const int r = kDual ? row[0] : row[s];
-        if (r < rows) {
-          StoreTo(a[s][i], mlp.x_bar[part], (b * mlp.N + first + r) * mlp.part_width[part] + c, stored);
-        }
+        if (r < rows) StoreTo(a[s][i], to, r * width + c, stored);
       }
     }
   }
@@ -996,9 +1000,12 @@ __global__ void __launch_bounds__(kThreads)
   while (l + 1 < mlp.layers && i >= plan.parameter[l + 1]) ++l;
   const int64_t of_weight = int64_t{mlp.width[l]} * mlp.width[l + 1], at = i - plan.parameter[l];
   if (at < of_weight) {
-    if (mlp.weight_bar[l] != nullptr) StoreTo(sum, mlp.weight_bar[l], set * of_weight + at, mlp.stored);
+    if (mlp.weight_bar[l] != nullptr) {
+      StoreTo(sum, Advance(mlp.weight_bar[l], set * of_weight, mlp.stored), static_cast<int>(at), mlp.stored);
+    }
   } else if (mlp.bias_bar[l] != nullptr) {
-    StoreTo(sum, mlp.bias_bar[l], set * mlp.width[l + 1] + at - of_weight, mlp.stored);
+    StoreTo(sum, Advance(mlp.bias_bar[l], set * mlp.width[l + 1], mlp.stored), static_cast<int>(at - of_weight),
+            mlp.stored);
   }
 }
 

@@ -16,6 +16,7 @@
 #include "knn/index/cuda.h"
 #include "knn/invert/cuda.h"
 #include "knn/search/cuda.h"
+#include "mlp/cuda.h"
 
 using namespace knn;
 
@@ -260,6 +261,51 @@ void ExerciseHashGrid(int dim, int features, Interpolation interpolation, Stored
   Free();
 }
 
+template <class T>
+void ExerciseMlp(const std::vector<int>& widths, ActivationKind kind, ProductPrecision precision, Stored stored,
+                 int64_t N, bool shared) {
+  const int64_t B = 3, width = stored == Stored::whole ? sizeof(T) : 2;
+  const std::vector<int64_t> sizes(widths.begin(), widths.end());
+  const int layers = static_cast<int>(widths.size()) - 1;
+  if (!MlpCudaServes(sizes.data(), layers, width)) return;
+  Mlp<T, T> mlp = {};
+  mlp.batch = {1, {B}};
+  mlp.sum_batch = {1, {shared ? 1 : B}};
+  mlp.N = N, mlp.parts = 2, mlp.layers = layers;
+  mlp.activation = {kind, 2}, mlp.output_activation = {ActivationKind::sigmoid, 0};
+  mlp.precision = precision, mlp.stored = stored;
+  std::copy(widths.begin(), widths.end(), mlp.width);
+  mlp.part_width[0] = widths[0] / 3, mlp.part_width[1] = widths[0] - widths[0] / 3;
+  const auto result = [&](int64_t n) { return reinterpret_cast<T*>(Allocate<char>(n * width)); };
+  for (bool tangents : {false, true}) {
+    const auto input = [&](Input<T>& to, int64_t n, bool of_all) {
+      (tangents ? to.tangent : to.value) = RandomStored<T>(stored, B, n, of_all);
+    };
+    for (int i = 0; i < mlp.parts; ++i) input(mlp.x[i], N * mlp.part_width[i], false);
+    for (int l = 0; l < layers; ++l) {
+      input(mlp.weight[l], widths[l] * widths[l + 1], shared);
+      input(mlp.bias[l], widths[l + 1], shared);
+    }
+    mlp.y = result(B * N * widths[layers]);
+    Check(LaunchMlp(mlp, nullptr, 0, nullptr), "perceptron");
+    Mlp<T, T> gradients = mlp;
+    input(mlp.ct, N * widths[layers], false);
+    gradients.ct = mlp.ct;
+    for (int i = 0; i < mlp.parts; ++i) gradients.x_bar[i] = result(B * N * mlp.part_width[i]);
+    for (bool sums : {false, true}) {
+      const int64_t sets = shared ? 1 : B;
+      for (int l = 0; l < layers && sums; ++l) {
+        gradients.weight_bar[l] = result(sets * widths[l] * widths[l + 1]);
+        gradients.bias_bar[l] = result(sets * widths[l + 1]);
+      }
+      const int64_t bytes = MlpCudaScratchBytes(sizes.data(), layers, sizeof(T), sums ? sets : 0);
+      Check(LaunchMlp(gradients, Allocate<char>(bytes + 1), bytes, nullptr), "gradients of the perceptron");
+      Check(cudaDeviceSynchronize(), "synchronize");
+    }
+  }
+  Free();
+}
+
 }  // namespace
 
 int main() {
@@ -292,6 +338,18 @@ int main() {
       ExerciseHashGrid<float>(dim, 2, interpolation, Stored::whole, 300, dim == 3);
       ExerciseHashGrid<double>(dim, 1, interpolation, Stored::whole, 33, dim == 2);
       ExerciseHashGrid<float>(dim, 4, interpolation, Stored::half, 70, dim == 4);
+    }
+  }
+  for (ActivationKind kind : {ActivationKind::relu, ActivationKind::softplus, ActivationKind::gelu_exact}) {
+    const bool shared = kind != ActivationKind::softplus;
+    for (const std::vector<int>& widths :
+         {std::vector<int>{17, 33, 5}, {6, 4}, {32, 64, 64, 64, 1}, {128, 128, 128, 128, 128, 128}}) {
+      for (ProductPrecision precision : {ProductPrecision::fast, ProductPrecision::highest}) {
+        ExerciseMlp<float>(widths, kind, precision, Stored::whole, 77, shared);
+      }
+      ExerciseMlp<float>(widths, kind, ProductPrecision::fast, Stored::half, 300, shared);
+      ExerciseMlp<float>(widths, kind, ProductPrecision::fast, Stored::bfloat16, 1, shared);
+      ExerciseMlp<double>(widths, kind, ProductPrecision::highest, Stored::whole, 33, shared);
     }
   }
   std::puts("all kernels ran");
