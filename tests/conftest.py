@@ -64,7 +64,7 @@ def _platform():
     return PLATFORM
 
 
-def _implementations(platform: str, room: str) -> list[str]:
+def _implementations(platform: str, room: str = "") -> list[str]:
     # "ffi", not None: it raises where a kernel is missing, so that a test of the kernels tests no reference.
     targets = ffi.TARGETS.get(platform)
     return ["xla", "ffi"] if targets and (room != "mlp" or "mlp" in targets) else ["xla"]
