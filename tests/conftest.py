@@ -27,6 +27,7 @@ SEED = int(os.environ.setdefault("JAX_KNN_AGGREGATE_TEST_SEED", str(random.Syste
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.sharding import AxisType  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")
 
@@ -180,3 +181,10 @@ def cpu_devices():
 @pytest.fixture
 def eight_cpu_devices():
     return _cpu_devices(8)
+
+
+@pytest.fixture(params=(AxisType.Auto, AxisType.Explicit), ids=lambda kind: kind.name)
+def mesh(request, eight_cpu_devices):
+    jax.config.update("jax_enable_x64", True)  # XLA asks for the program of one shard in a thread of its own
+    yield jax.make_mesh((4, 2), ("a", "b"), axis_types=(request.param,) * 2, devices=eight_cpu_devices)
+    jax.config.update("jax_enable_x64", False)

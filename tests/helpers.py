@@ -11,6 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jax_knn_aggregate as jka
 
@@ -437,6 +438,21 @@ def cotangents(rng, metric, x, K, dtype=None):
 def tree(a):
     """NumPy to JAX arrays, as jax.grad asks."""
     return jax.tree.map(jnp.asarray, a)
+
+
+# ---- Export
+
+
+def through_bytes(fn, shapes, platforms=None):
+    """``fn`` exported for some platforms, or this one, and read again; it calls no target but ours."""
+    if platforms and PLATFORM not in platforms:
+        pytest.skip(f"the artifact for {platforms} does not run on {PLATFORM}")
+    pytest.importorskip("flatbuffers")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jka.FFI_TARGETS]
+    exported = jax.export.export(jax.jit(fn), platforms=platforms, disabled_checks=checks)(*shapes)
+    read = jax.export.deserialize(bytearray(exported.serialize()))
+    assert set(re.findall(r"custom_call @(jax_knn_aggregate\.\w+)", str(read.mlir_module()))) <= set(jka.FFI_TARGETS)
+    return read
 
 
 # ---- Comparisons

@@ -491,25 +491,18 @@ def test_shard_map(check_vma, cpu_implementation, cpu_devices, rng):
     helpers.assert_trees_close(got, want, 1e-11)
 
 
-@pytest.fixture(params=(AxisType.Auto, AxisType.Explicit), ids=lambda kind: kind.name)
-def grid(request, eight_cpu_devices):
-    jax.config.update("jax_enable_x64", True)  # XLA asks for the program of one shard in a thread of its own
-    yield jax.make_mesh((4, 2), ("a", "b"), axis_types=(request.param,) * 2, devices=eight_cpu_devices)
-    jax.config.update("jax_enable_x64", False)
-
-
 @pytest.mark.thorough_if(cpu_implementation="xla")
-@pytest.mark.thorough_if(grid=AxisType.Explicit)
-def test_jit_of_split_rays(cpu_implementation, grid, rng):
+@pytest.mark.thorough_if(mesh=AxisType.Explicit)
+def test_jit_of_split_rays(cpu_implementation, mesh, rng):
     """Nothing moves before the mean, and gradients stay where their samples are; only numbers are summed."""
     B, N, rays = 16, 5, S("a", "b")
     w, m, interval = (a.reshape(8, 2, N) for a in dense(rng, B, N))
     for x, specs in (((w, m, interval), (rays, rays, rays)), ((w, m, rng.random()), (rays, rays, S()))):
-        placed = helpers.place(grid, x, specs)
+        placed = helpers.place(mesh, x, specs)
         each = helpers.quick_jit(lambda *x: loss(x, implementation=cpu_implementation))
         assert not helpers.collectives(each, *placed)
         got = each(*placed)
-        assert got.sharding.is_equivalent_to(NamedSharding(grid, rays), 2)
+        assert got.sharding.is_equivalent_to(NamedSharding(mesh, rays), 2)
         helpers.assert_close(got, numpy_losses(*x), 1e-12)
 
         def second(*x):
@@ -524,12 +517,12 @@ def test_jit_of_split_rays(cpu_implementation, grid, rng):
             got = step(*placed)
             helpers.assert_trees_close(got, helpers.oracle_jit(jax.value_and_grad(order, (0, 1, 2)))(*x), 1e-11)
             for a, spec in zip(got[1], specs, strict=True):
-                assert a.sharding.is_equivalent_to(NamedSharding(grid, spec), a.ndim)
+                assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim)
 
 
 @pytest.mark.thorough_if(cpu_implementation="xla")
-@pytest.mark.thorough_if(grid=AxisType.Explicit)
-def test_sort_of_split_rays(cpu_implementation, grid, rng):
+@pytest.mark.thorough_if(mesh=AxisType.Explicit)
+def test_sort_of_split_rays(cpu_implementation, mesh, rng):
     """Positions that all devices have, of rays that are split: each device takes those of its own rays."""
     w, m, _ = dense(rng, 8, 5)
     m, interval = m[:, ::-1], np.asarray(0.3)
@@ -539,12 +532,12 @@ def test_sort_of_split_rays(cpu_implementation, grid, rng):
     want = helpers.oracle_jit(fn)(w, m, interval)
     np.testing.assert_allclose(want[0], numpy_losses(w, m, interval).sum())
     for specs in ((S("a"), S(), S()), (S("a"), S("a"), S()), (S(), S(("a", "b")), S())):
-        got = helpers.quick_jit(fn)(*helpers.place(grid, (w, m, interval), specs))
+        got = helpers.quick_jit(fn)(*helpers.place(mesh, (w, m, interval), specs))
         helpers.assert_trees_close(got, want, 1e-12)
 
 
 @pytest.mark.parametrize("sort", [False, True])
-def test_split_samples(sort, grid, rng):
+def test_split_samples(sort, mesh, rng):
     """Every device needs a ray whole: Auto meshes gather, on Explicit ones it is an error."""
     w, m, interval = dense(rng, 2, 8)
     ids = np.repeat(np.arange(2, dtype=np.int32), 8)
@@ -552,8 +545,8 @@ def test_split_samples(sort, grid, rng):
         (lambda *x: loss(x, sort=sort), (w, m, interval), S(None, "a")),
         (lambda *x: loss(x, ids, 2, sort=sort), (w.ravel(), m.ravel(), interval.ravel()), S("a")),
     ):
-        placed = helpers.place(grid, args, [spec] * 3)
-        if AxisType.Explicit in grid.axis_types:
+        placed = helpers.place(mesh, args, [spec] * 3)
+        if AxisType.Explicit in mesh.axis_types:
             with pytest.raises(ValueError, match="which every device needs whole"):
                 jax.jit(fn)(*placed)
         else:

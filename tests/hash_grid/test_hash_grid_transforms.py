@@ -1,7 +1,6 @@
 """The hash grid under JAX's transformations, and split over devices."""
 
 import functools
-import re
 
 import helpers
 import jax
@@ -12,7 +11,6 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 
-import jax_knn_aggregate as jka
 from jax_knn_aggregate import HashGrid, hash_grid
 
 GRID = HashGrid(3, 3, 2, 5, 3, 1.6, "smoothstep")
@@ -133,36 +131,20 @@ def test_scan_and_checkpoint(implementation, rng):
     helpers.assert_trees_close(got, want, 1e-10)
 
 
-CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jka.FFI_TARGETS]
-
-
 @pytest.mark.parametrize("platforms", [None, ("cpu", "cuda")], ids=["this platform", "cpu and cuda"])
 @pytest.mark.thorough_if(platforms=[("cpu", "cuda")])
 def test_export_for_any_number_of_points(platforms, rng):
-    if platforms and helpers.PLATFORM not in platforms:
-        pytest.skip(f"the artifact for {platforms} does not run on {helpers.PLATFORM}")
-    pytest.importorskip("flatbuffers")
     table = tables(rng)
     (N,) = jax.export.symbolic_shape("N")
     fn = jax.grad(step, (0, 1))
     shapes = jax.ShapeDtypeStruct((N, 3), np.float64), jax.ShapeDtypeStruct(table.shape, np.float64)
-    exported = jax.export.export(jax.jit(fn), platforms=platforms, disabled_checks=CHECKS)(*shapes)
-    read = jax.export.deserialize(bytearray(exported.serialize()))
-    targets = set(re.findall(r"custom_call @(jax_knn_aggregate\.\w+)", str(read.mlir_module())))
-    assert targets <= set(jka.FFI_TARGETS)
+    read = helpers.through_bytes(fn, shapes, platforms)
     for n in (1, 33):
         x = points(rng, n)
         helpers.assert_trees_close(read.call(x, table), step_in_numpy(x, table), 1e-10)
 
 
 # ---- Devices
-
-
-@pytest.fixture(params=(AxisType.Auto, AxisType.Explicit), ids=lambda kind: kind.name)
-def mesh(request, eight_cpu_devices):
-    jax.config.update("jax_enable_x64", True)  # XLA asks for the program of one shard in a thread of its own
-    yield jax.make_mesh((4, 2), ("a", "b"), axis_types=(request.param,) * 2, devices=eight_cpu_devices)
-    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.mark.thorough_if(cpu_implementation="xla")

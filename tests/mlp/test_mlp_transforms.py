@@ -1,7 +1,6 @@
 """The perceptron under JAX's transformations, and split over devices."""
 
 import functools
-import re
 
 import helpers
 import jax
@@ -9,11 +8,10 @@ import jax.numpy as jnp
 import mlp_oracle
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 from test_mlp import problem
 
-import jax_knn_aggregate as jka
 from jax_knn_aggregate import Softplus, mlp
 
 FUNCTIONS = mlp_oracle.softplus(3.0), mlp_oracle.ACTIVATIONS["none"]
@@ -185,36 +183,20 @@ def test_checkpoint_and_scan(implementation, rng):
     assert (jnp.diff(values) < 0).all()
 
 
-CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in jka.FFI_TARGETS]
-
-
 @pytest.mark.parametrize("platforms", [None, ("cpu", "cuda")], ids=["this platform", "cpu and cuda"])
 @pytest.mark.thorough_if(platforms=[("cpu", "cuda")])
 def test_export_for_any_number_of_rows(platforms, rng):
-    if platforms and helpers.PLATFORM not in platforms:
-        pytest.skip(f"the artifact for {platforms} does not run on {helpers.PLATFORM}")
-    pytest.importorskip("flatbuffers")
     (x, *parameters), *_ = problem(rng, N=33)
     parameters = tuple(parameters)
     (N,) = jax.export.symbolic_shape("N")
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, parameters))
     shapes = jax.ShapeDtypeStruct((N, 3), np.float64), shapes[1]
-    exported = jax.export.export(jax.jit(jax.grad(step, (0, 1))), platforms=platforms, disabled_checks=CHECKS)(*shapes)
-    read = jax.export.deserialize(bytearray(exported.serialize()))
-    targets = set(re.findall(r"custom_call @(jax_knn_aggregate\.\w+)", str(read.mlir_module())))
-    assert targets <= set(jka.FFI_TARGETS)
+    read = helpers.through_bytes(jax.grad(step, (0, 1)), shapes, platforms)
     for n in (1, 33):
         helpers.assert_trees_close(read.call(x[:n], parameters), step_in_numpy(x[:n], parameters), 1e-10)
 
 
 # ---- Devices
-
-
-@pytest.fixture(params=(AxisType.Auto, AxisType.Explicit), ids=lambda kind: kind.name)
-def mesh(request, eight_cpu_devices):
-    jax.config.update("jax_enable_x64", True)  # XLA asks for the program of one shard in a thread of its own
-    yield jax.make_mesh((4, 2), ("a", "b"), axis_types=(request.param,) * 2, devices=eight_cpu_devices)
-    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.mark.thorough_if(cpu_implementation="xla")
