@@ -16,7 +16,7 @@
 #include "knn/invert/invert.h"
 #include "knn/search/search.h"
 #include "mlp/mlp.h"
-#ifdef KNN_MLP_CUDA
+#ifdef KNN_CUDA
 #include "mlp/cuda.h"
 #endif
 
@@ -113,7 +113,7 @@ NB_MODULE(_ext, m) {
   m.def(
       "mlp_cuda_serves",
       [](const std::vector<int64_t>& widths, int64_t bytes) {
-#ifdef KNN_MLP_CUDA
+#ifdef KNN_CUDA
         return knn::MlpCudaServes(widths.data(), static_cast<int>(widths.size()) - 1, bytes);
 #else
         return false;

@@ -1,15 +1,19 @@
 // The multilayer perceptron on CUDA.
 //
-// A block goes through tiles of rows and takes each through all layers, without leaving the chip: forward, and for
-// gradients back. What a tile's layers return lies in shared memory, with σ' at each entry, which is all of the way
-// forward that the way back needs. Tangents are further rows of a tile: matrices act on them as on values, so that both
-// share what is loaded of weights, and only activations tell them apart. Sums over rows are added up over all tiles of
-// a block; a second kernel adds those of the blocks in their order.
+// A warp takes sixteen rows through all layers and back. What a layer returns stays in registers: of a product's sums a
+// lane holds just the entries of which it needs to have factors in the next product, if what is summed over is dealt
+// out to steps of the instruction in pairs of neighbours. With tangents, eight rows and their eight tangents are a
+// warp's sixteen: matrices act on both alike, and a lane that has a value has its tangent too.
 //
-// Products are of matrix units in pieces of 16×16 (mma.sync): TF32, or 16 bits as stored, with sums in float. Float
-// proper is three products of TF32, of the leading bits of both factors and of those bits of one with the rest of the
-// other. Which entries of a piece a thread holds is free as far as both factors agree: columns and sums are dealt out
-// so that a thread reads and writes four neighbouring ones, or two, at a time.
+// Weights lie in shared memory, for all warps of a block, all layers of them or one at a time. For gradients, shared
+// memory also has a place for each layer's rows. The way forward leaves p there; the way back takes p from it, leaves h
+// in its stead, and, once the sums β hᵀ over rows that need h are done, β. These sums alone are a matter of all rows of
+// a block, so that its warps wait for each other. They are added up over all tiles of a block; a second kernel adds
+// those of the blocks in their order.
+//
+// Products are of matrix units (mma.sync): TF32, of floats and of what has 16 bits, whose numbers all are TF32's too.
+// Float proper is three products of TF32, of the leading bits of both factors and of those bits of one with the rest of
+// the other.
 
 #include <algorithm>
 #include <type_traits>
@@ -21,7 +25,11 @@
 namespace knn::KNN_ISA {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp, kPiece = 16;
+// A warp's rows; the entries of a block of columns; the most threads of a block.
+constexpr int kRows = 16, kBlock = 8, kBlocks = kMlpCudaMaxWidth / kBlock;
+
+__host__ __device__ __forceinline__ int BlocksOf(int width) { return (width + kBlock - 1) / kBlock; }
+__device__ __forceinline__ int Lane() { return threadIdx.x & (kWarp - 1); }
 
 // ---- Arithmetic of activations: float by instructions that are as exact as float needs, without the code for
 // subnormal numbers. Those that go with products of few bits are less exact.
@@ -33,11 +41,25 @@ struct Quick {
   friend __device__ __forceinline__ Quick operator+(Quick a, Quick b) { return {a.x + b.x}; }
   friend __device__ __forceinline__ Quick operator-(Quick a, Quick b) { return {a.x - b.x}; }
   friend __device__ __forceinline__ Quick operator*(Quick a, Quick b) { return {a.x * b.x}; }
-  friend __device__ __forceinline__ Quick operator/(Quick a, Quick b) { return {__fdividef(a.x, b.x)}; }
+  friend __device__ __forceinline__ Quick operator/(Quick a, Quick b) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b.x));
+    return {a.x * inverse};
+  }
   friend __device__ __forceinline__ Quick operator-(Quick a) { return {-a.x}; }
   friend __device__ __forceinline__ Quick Scale(double c, Quick a) { return {static_cast<float>(c) * a.x}; }
   friend __device__ __forceinline__ Quick SelectLess(Quick a, Quick b, Quick less, Quick otherwise) {
     return {a.x < b.x ? less.x : otherwise.x};
+  }
+  friend __device__ __forceinline__ Quick MinusSize(Quick a) { return {-fabsf(a.x)}; }
+  friend __device__ __forceinline__ Quick Positive(Quick a) {
+#if __CUDA_ARCH__ >= 800
+    float x;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(x) : "f"(a.x));
+    return {x};
+#else
+    return {a.x < 0 ? 0 : a.x};
+#endif
   }
   friend __device__ __forceinline__ Quick Exp(Quick a) {
     constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -51,25 +73,20 @@ struct Quick {
   // For 0 <= a <= 1, as it is used.
   friend __device__ __forceinline__ Quick Log1p(Quick a) {
     const float t = a.x;
-    float p;
-    if constexpr (kExact) {
-      p = 0.005253457929939032f;
-      p = fmaf(p, t, -0.02958850748836994f);
-      p = fmaf(p, t, 0.07836166769266129f);
-      p = fmaf(p, t, -0.13674770295619965f);
-      p = fmaf(p, t, 0.19111430644989014f);
-      p = fmaf(p, t, -0.24844369292259216f);
-      p = fmaf(p, t, 0.33319270610809326f);
-      p = fmaf(p, t, -0.49999502301216125f);
-      p = fmaf(p, t, 1.0f);
-    } else {
-      p = -0.02397957257926464f;
-      p = fmaf(p, t, 0.10150004923343658f);
-      p = fmaf(p, t, -0.2102936953306198f);
-      p = fmaf(p, t, 0.3252951502799988f);
-      p = fmaf(p, t, -0.49937260150909424f);
-      p = fmaf(p, t, 0.9999918341636658f);
+    if constexpr (!kExact) {
+      float log;
+      asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(1 + t));
+      return {log * 0.6931471805599453f};
     }
+    float p = 0.005253457929939032f;
+    p = fmaf(p, t, -0.02958850748836994f);
+    p = fmaf(p, t, 0.07836166769266129f);
+    p = fmaf(p, t, -0.13674770295619965f);
+    p = fmaf(p, t, 0.19111430644989014f);
+    p = fmaf(p, t, -0.24844369292259216f);
+    p = fmaf(p, t, 0.33319270610809326f);
+    p = fmaf(p, t, -0.49999502301216125f);
+    p = fmaf(p, t, 1.0f);
     return {p * t};
   }
   friend __device__ __forceinline__ Quick Expm1(Quick a) { return {expm1f(a.x)}; }
@@ -93,1000 +110,733 @@ struct Quick {
     return static_cast<int>(n) & 1 ? -sine : sine;
   }
 };
-__device__ __forceinline__ double Raw(double x) { return x; }
-__device__ __forceinline__ float Raw(float x) { return x; }
 template <bool kExact>
 __device__ __forceinline__ float Raw(Quick<kExact> x) {
   return x.x;
 }
 
-// ---- Matrices in shared memory, of rows that are a multiple of 128 bytes long. Columns are shuffled within a row, by
-// the row's number, so that what a warp reads or writes at a time lies in different banks.
+// ---- Kinds of arithmetic: factors and sums of products of 16 × 8 and 8 × 8. Lane 4g + t of a warp has rows g and g +
+// 8 of A and of sums, and column g of B. What is summed over comes in pairs, of which it has pair t: so A is {row g's
+// first, row g + 8's first, row g's second, row g + 8's second}. Of sums it has columns 2t and 2t + 1, row g first.
 
-template <class E>
-__device__ __forceinline__ int Shuffle(int row) {
-  if (sizeof(E) == 4) return ((row ^ row >> 1 ^ row >> 2) & 1) << 4 | (row & 8);
-  if (sizeof(E) == 2) return (row & 7) << 3;
-  return (row & 3) << 2;
+__device__ __forceinline__ void MultiplyTf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
 }
+// Adds half of the last bit that TF32 has, on average.
+__device__ __forceinline__ float AddHalf(float x) { return fmaf(x, 3.522e-4f, x); }
 
-template <class E>
-struct Matrix {
-  E* data;
-  int stride;
-  __device__ __forceinline__ E* At(int row, int column) const {
-    return data + row * stride + (column ^ Shuffle<E>(row));
-  }
-};
-
-__device__ __forceinline__ int Lane() { return threadIdx.x & (kWarp - 1); }
-
-// ---- Kinds of arithmetic. Each has a thread's share of a piece of A, of B and of sums, with `q` and `j` for eight
-// rows and four columns that a lane stands for. Of a piece of sums a thread has, in rows RowOf(q, h) for h = 0, 1, the
-// columns ColumnOf(j, i) for i = 0 … 3: entry (h, i) is sum[TileOf(i)][2h + EntryOf(i)]. Steps are of kStep in what is
-// summed over.
-
-struct Transposed {};  // tag of loads whose rows are what is summed over
-
-// Scalars, for double, and for float where there are no matrix units for it.
-template <class T>
-struct Scalars {
-  using Number = T;
-  using Element = T;
-  using Activated = T;
-  static constexpr int kStep = 1, kLow = 1;
-  struct A {
-    T x[2];
-  };
-  struct B {
-    T x[4];
-  };
-  static constexpr __device__ __forceinline__ int TileOf(int i) { return i >> 1; }
-  static constexpr __device__ __forceinline__ int EntryOf(int i) { return i & 1; }
-  static __device__ __forceinline__ int ColumnOf(int j, int i) { return 4 * j + i; }
-  static __device__ __forceinline__ int SumRowOf(int q, int h) { return q + 8 * h; }
-  static __device__ __forceinline__ Stored StoredAs(Stored stored) { return stored; }
-
-  static __device__ __forceinline__ T Rounded(T x, Stored stored) {
-    if (sizeof(T) == 8 || stored == Stored::whole) return x;
-    Float16 narrow;
-    Narrow(static_cast<float>(x), stored, &narrow);
-    return static_cast<T>(Widen(narrow, stored));
-  }
-  static __device__ __forceinline__ void Load(A* a, Matrix<T> m, int row, int k) {
-    const int q = Lane() >> 2;
-    a->x[0] = *m.At(row + q, k), a->x[1] = *m.At(row + q + 8, k);
-  }
-  static __device__ __forceinline__ void Load(A* a, Matrix<T> m, int k, int column, Transposed) {
-    const int q = Lane() >> 2;
-    a->x[0] = *m.At(k, column + q), a->x[1] = *m.At(k, column + q + 8);
-  }
-  static __device__ __forceinline__ void Load(B* b, Matrix<T> m, int row, int k) {
-    const int j = Lane() & 3;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) b->x[i] = *m.At(row + 4 * j + i, k);
-  }
-  static __device__ __forceinline__ void Load(B* b, Matrix<T> m, int k, int column, Transposed) {
-    const int j = Lane() & 3;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) b->x[i] = *m.At(k, column + 4 * j + i);
-  }
-  static __device__ __forceinline__ void Multiply(T (&sum)[2][4], T (&)[2][4], const A& a, const B& b) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[TileOf(i)][2 * h + EntryOf(i)] += a.x[h] * b.x[i];
-    }
-  }
-  // sum[2h] += the row's sum of A.
-  static __device__ __forceinline__ void AddUp(T (&sum)[4], const A& a) { sum[0] += a.x[0], sum[2] += a.x[1]; }
-  static __device__ __forceinline__ void StoreQuad(Matrix<T> m, int row, int column, int j, const T (&x)[4], Stored s) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) *m.At(row, column + 4 * j + i) = Rounded(x[i], s);
-  }
-};
-
-// TF32; with kSplit, float. A lane's four columns, or rows, 4j … 4j + 3 of what is summed over are two steps of an
-// instruction that takes eight, which has its j and j + 4 there.
+// With kSplit float, without TF32.
 template <bool kSplit>
 struct Floats {
-  using Number = float;
-  using Element = float;
   using Activated = Quick<kSplit>;
-  static constexpr int kStep = 16, kLow = kSplit ? 2 : 1;
-  struct A {
-    float x[2][4];
+  template <int n>
+  struct Factor {
+    uint32_t high[n], low[kSplit ? n : 1];
   };
-  struct B {
-    float x[2][2][2];  // of each half of the columns, and step
-  };
-  static constexpr __device__ __forceinline__ int TileOf(int i) { return i & 1; }
-  static constexpr __device__ __forceinline__ int EntryOf(int i) { return i >> 1; }
-  static __device__ __forceinline__ int ColumnOf(int j, int i) { return 4 * j + i; }
-  static __device__ __forceinline__ int SumRowOf(int q, int h) { return 2 * q + h; }
-  static __device__ __forceinline__ Stored StoredAs(Stored) { return Stored::whole; }
+  using A = Factor<4>;
+  using B = Factor<2>;
 
-  static __device__ __forceinline__ float ToTf32(float x) {
-    uint32_t bits;
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-#else
-    bits = __float_as_uint(x);
-#endif
-    return __uint_as_float(bits);
-  }
-  static __device__ __forceinline__ float Rounded(float x, Stored) { return kSplit ? x : ToTf32(x); }
-
-  static __device__ __forceinline__ void Load(A* a, Matrix<float> m, int row, int k) {
-    const int q = Lane() >> 2, j = Lane() & 3;
-    const float4 u = *reinterpret_cast<const float4*>(m.At(row + q, k + 4 * j));
-    const float4 v = *reinterpret_cast<const float4*>(m.At(row + q + 8, k + 4 * j));
-    *a = {{{u.x, v.x, u.y, v.y}, {u.z, v.z, u.w, v.w}}};
-  }
-  static __device__ __forceinline__ void Load(A* a, Matrix<float> m, int k, int column, Transposed) {
-    const int q = Lane() >> 2, j = Lane() & 3;
+  // Leading bits are cut off, of A's after half of the last of them, about, has been added: rests of both of one sign,
+  // as the numbers, would have products of one sign too, which are left out.
+  template <int n>
+  static __device__ __forceinline__ Factor<n> Make(const float (&x)[n]) {
+    Factor<n> f;
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float2 u = *reinterpret_cast<const float2*>(m.At(k + 4 * j + t, column + 2 * q));
-      a->x[t >> 1][(t & 1) * 2] = u.x, a->x[t >> 1][(t & 1) * 2 + 1] = u.y;
-    }
-  }
-  static __device__ __forceinline__ void Load(B* b, Matrix<float> m, int row, int k) {
-    const int q = Lane() >> 2, j = Lane() & 3;
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float4 u = *reinterpret_cast<const float4*>(m.At(row + 2 * q + c, k + 4 * j));
-      b->x[c][0][0] = u.x, b->x[c][0][1] = u.y, b->x[c][1][0] = u.z, b->x[c][1][1] = u.w;
-    }
-  }
-  static __device__ __forceinline__ void Load(B* b, Matrix<float> m, int k, int column, Transposed) {
-    const int q = Lane() >> 2, j = Lane() & 3;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float2 u = *reinterpret_cast<const float2*>(m.At(k + 4 * j + t, column + 2 * q));
-      b->x[0][t >> 1][t & 1] = u.x, b->x[1][t >> 1][t & 1] = u.y;
-    }
-  }
-  static __device__ __forceinline__ void Mma(float (&sum)[4], const float (&a)[4], float b0, float b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-#endif
-  }
-  static __device__ __forceinline__ void Split(const float (&x)[4], float (&high)[4], float (&low)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) high[i] = ToTf32(x[i]), low[i] = x[i] - high[i];
-  }
-  // Matrix units add without rounding to nearest, so that what is small is summed apart.
-  static __device__ __forceinline__ void Multiply(float (&sum)[2][4], float (&low_sum)[2][4], const A& a, const B& b) {
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    for (int i = 0; i < n; ++i) {
+      f.high[i] = __float_as_uint(x[i]);
       if constexpr (kSplit) {
-        float high[4], low[4];
-        Split(a.x[step], high, low);
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float b0 = ToTf32(b.x[c][step][0]), b1 = ToTf32(b.x[c][step][1]);
-          Mma(sum[c], high, b0, b1);
-          Mma(low_sum[c], high, b.x[c][step][0] - b0, b.x[c][step][1] - b1);
-          Mma(low_sum[c], low, b0, b1);
-        }
-      } else {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) Mma(sum[c], a.x[step], b.x[c][step][0], b.x[c][step][1]);
+        f.high[i] = __float_as_uint(n == 4 ? AddHalf(x[i]) : x[i]) & 0xffffe000u;
+        f.low[i] = __float_as_uint(x[i] - __uint_as_float(f.high[i]));
       }
     }
+    return f;
   }
-  static __device__ __forceinline__ void AddUp(float (&sum)[4], const A& a) {
+  // Of two steps. Matrix units cut what they add off, where floats are rounded: so they add up little, smallest first.
+  static __device__ __forceinline__ void Multiply(float (&sum)[4], const A (&a)[2], const B (&b)[2]) {
+    if constexpr (kSplit) {
+      float part[4] = {};
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      if constexpr (kSplit) {
-        float high[4], low[4];
-        Split(a.x[step], high, low);
-        Mma(sum, low, 1, 1);
-        Mma(sum, high, 1, 1);
-      } else {
-        Mma(sum, a.x[step], 1, 1);
+      for (int k = 0; k < 2; ++k) {
+        MultiplyTf32(part, a[k].low, b[k].high);
+        MultiplyTf32(part, a[k].high, b[k].low);
       }
-    }
-  }
-  static __device__ __forceinline__ void StoreQuad(Matrix<float> m, int row, int column, int j, const float (&x)[4],
-                                                   Stored s) {
-    *reinterpret_cast<float4*>(m.At(row, column + 4 * j)) =
-        make_float4(Rounded(x[0], s), Rounded(x[1], s), Rounded(x[2], s), Rounded(x[3], s));
-  }
-};
-
-// 16 bits.
-template <Stored kStored>
-struct Halves {
-  using Number = float;
-  using Element = uint16_t;
-  using Activated = Quick<false>;
-  static constexpr int kStep = 16, kLow = 1;
-  struct A {
-    uint32_t x[4];
-  };
-  struct B {
-    uint32_t x[2][2];
-  };
-  static constexpr __device__ __forceinline__ int TileOf(int i) { return i >> 1; }
-  static constexpr __device__ __forceinline__ int EntryOf(int i) { return i & 1; }
-  static __device__ __forceinline__ int ColumnOf(int j, int i) { return 8 * (i >> 1) + 2 * j + (i & 1); }
-  static __device__ __forceinline__ int SumRowOf(int q, int h) { return q + 8 * h; }
-  static __device__ __forceinline__ Stored StoredAs(Stored) { return kStored; }
-
-  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
-    uint32_t bits = 0;
-#if __CUDA_ARCH__ >= 800
-    if constexpr (kStored == Stored::bfloat16) {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    } else {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    }
-#endif
-    return bits;
-  }
-  static __device__ __forceinline__ uint16_t Rounded(float x, Stored) { return static_cast<uint16_t>(Pack(x, 0)); }
-  // Four pieces of 8×8, of which a lane says where one row begins.
-  template <bool kTransposed>
-  static __device__ __forceinline__ void LoadPieces(uint32_t (&x)[4], const uint16_t* row) {
-#if __CUDA_ARCH__ >= 800
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-    if constexpr (kTransposed) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                   : "r"(at)
-                   : "memory");
-    } else {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                   : "r"(at)
-                   : "memory");
-    }
-#endif
-  }
-  static __device__ __forceinline__ void Load(A* a, Matrix<uint16_t> m, int row, int k) {
-    const int lane = Lane();
-    LoadPieces<false>(a->x, m.At(row + (lane & 15), k + (lane >> 4) * 8));
-  }
-  static __device__ __forceinline__ void Load(A* a, Matrix<uint16_t> m, int k, int column, Transposed) {
-    const int lane = Lane();
-    LoadPieces<true>(a->x, m.At(k + (lane & 7) + (lane >> 4) * 8, column + (lane & 8)));
-  }
-  static __device__ __forceinline__ void Load(B* b, Matrix<uint16_t> m, int row, int k) {
-    const int lane = Lane();
-    uint32_t x[4];
-    LoadPieces<false>(x, m.At(row + (lane & 7) + (lane >> 4) * 8, k + (lane & 8)));
-    b->x[0][0] = x[0], b->x[0][1] = x[1], b->x[1][0] = x[2], b->x[1][1] = x[3];
-  }
-  static __device__ __forceinline__ void Load(B* b, Matrix<uint16_t> m, int k, int column, Transposed) {
-    const int lane = Lane();
-    uint32_t x[4];
-    LoadPieces<true>(x, m.At(k + (lane & 15), column + (lane >> 4) * 8));
-    b->x[0][0] = x[0], b->x[0][1] = x[1], b->x[1][0] = x[2], b->x[1][1] = x[3];
-  }
-  static __device__ __forceinline__ void Mma(float (&sum)[4], const A& a, uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (kStored == Stored::bfloat16) {
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-          : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
-    } else {
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-          : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
-    }
-#endif
-  }
-  static __device__ __forceinline__ void Multiply(float (&sum)[2][4], float (&)[2][4], const A& a, const B& b) {
-    Mma(sum[0], a, b.x[0][0], b.x[0][1]);
-    Mma(sum[1], a, b.x[1][0], b.x[1][1]);
-  }
-  static __device__ __forceinline__ void AddUp(float (&sum)[4], const A& a) {
-    constexpr uint32_t kOnes = kStored == Stored::bfloat16 ? 0x3f803f80u : 0x3c003c00u;
-    Mma(sum, a, kOnes, kOnes);
-  }
-  static __device__ __forceinline__ void StoreQuad(Matrix<uint16_t> m, int row, int column, int j, const float (&x)[4],
-                                                   Stored) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      *reinterpret_cast<uint32_t*>(m.At(row, column + 8 * c + 2 * j)) = Pack(x[2 * c], x[2 * c + 1]);
+      for (int k = 0; k < 2; ++k) MultiplyTf32(part, a[k].high, b[k].high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += part[i];
+    } else {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) MultiplyTf32(sum, a[k].high, b[k].high);
+    }
+  }
+  // To what products take. They cut off bits: what is added first, on average half of the last bit that they take,
+  // makes up for that. It does without the tests that rounding needs to leave NaN and infinity alone.
+  template <int n>
+  static __device__ __forceinline__ void Round(float (&x)[n]) {
+    if constexpr (!kSplit) {
+#pragma unroll
+      for (float& y : x) y = AddHalf(y);
+    }
+  }
+  // To what arrays hold, which products take too.
+  template <int n>
+  static __device__ __forceinline__ void Round(float (&x)[n], Stored stored) {
+    if (stored == Stored::whole) return Round(x);
+#pragma unroll
+    for (float& y : x) {
+      Float16 narrow;
+      Narrow(y, stored, &narrow);
+      y = Widen(narrow, stored);
     }
   }
 };
 
-// ---- Products of a warp.
-
-enum class Product { forward, back, sums };  // A Bᵀ, A B, Aᵀ B
-
-// Adds to `sum` the product of rows row[s] … + 15 of A with 16·groups columns from `column` on. Of Aᵀ B those rows are
-// columns, and what is summed over are rows k of A and k ^ flip of B; `ones`, if given, adds up A's from ones_from on.
-template <class P, Product kind, int kGroups, int kSets, class T = typename P::Number, class E = typename P::Element>
-__device__ __forceinline__ void Multiply(T (&sum)[kGroups][kSets][2][4], Matrix<E> a, const int (&row)[kSets], int sets,
-                                         Matrix<E> b, int column, int groups, int size, int flip = 0,
-                                         T (*ones)[4] = nullptr, int ones_from = 0) {
-  T low[P::kLow == 2 ? kGroups : 1][P::kLow == 2 ? kSets : 1][2][4] = {};
-#pragma unroll 1
-  for (int k = 0; k < size; k += P::kStep) {
-    typename P::A x[kSets];
-#pragma unroll
-    for (int s = 0; s < kSets; ++s) {
-      if (s > 0 && s >= sets) continue;
-      if constexpr (kind == Product::sums) {
-        P::Load(&x[s], a, k, row[s], Transposed());
-        if (ones != nullptr && k >= ones_from) P::AddUp(ones[s], x[s]);
-      } else {
-        P::Load(&x[s], a, row[s], k);
-      }
-    }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (g > 0 && g >= groups) continue;
-      typename P::B y;
-      if constexpr (kind == Product::forward) {
-        P::Load(&y, b, column + g * kPiece, k);
-      } else {
-        P::Load(&y, b, k ^ flip, column + g * kPiece, Transposed());
-      }
-#pragma unroll
-      for (int s = 0; s < kSets; ++s) {
-        if (s > 0 && s >= sets) continue;
-        P::Multiply(sum[g][s], low[P::kLow == 2 ? g : 0][P::kLow == 2 ? s : 0], x[s], y);
-      }
-    }
-  }
-  if constexpr (P::kLow == 2) {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-      for (int s = 0; s < kSets; ++s)
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[g][s][c][i] += low[g][s][c][i];
-  }
+__device__ __forceinline__ void LoadPair(const float* from, float (&x)[2]) {
+  const float2 pair = *reinterpret_cast<const float2*>(from);
+  x[0] = pair.x, x[1] = pair.y;
+}
+__device__ __forceinline__ void StorePair(float* to, float a, float b) {
+  *reinterpret_cast<float2*>(to) = make_float2(a, b);
+}
+__device__ __forceinline__ void AddFour(float* to, const float (&x)[4]) {
+  float4& at = *reinterpret_cast<float4*>(to);
+  const float4 y = at;
+  at = make_float4(y.x + x[0], y.y + x[1], y.z + x[2], y.w + x[3]);
 }
 
-// ---- Reading and writing arrays.
+// ---- Reading and writing arrays, whose elements may have 16 bits.
 
-template <class T>
-__device__ __forceinline__ T LoadFrom(const T* data, int i, Stored stored) {
-  if (sizeof(T) == 8 || stored == Stored::whole) return data[i];
-  return static_cast<T>(Widen(Float16{reinterpret_cast<const uint16_t*>(data)[i]}, stored));
+__device__ __forceinline__ float LoadFrom(const float* data, int i, Stored stored) {
+  if (stored == Stored::whole) return data[i];
+  return Widen(Float16{reinterpret_cast<const uint16_t*>(data)[i]}, stored);
 }
-template <class T>
-__device__ __forceinline__ void StoreTo(T x, T* data, int i, Stored stored) {
-  if (sizeof(T) == 8 || stored == Stored::whole) {
+__device__ __forceinline__ void StoreTo(float x, float* data, int i, Stored stored) {
+  if (stored == Stored::whole) {
     data[i] = x;
   } else {
-    Narrow(static_cast<float>(x), stored, reinterpret_cast<Float16*>(data) + i);
+    Narrow(x, stored, reinterpret_cast<Float16*>(data) + i);
   }
 }
-// data + i, or null, and what At returns, for arrays whose elements may have 16 bits. T may be const.
-template <class T>
-__device__ __forceinline__ T* Advance(T* data, int64_t i, Stored stored) {
+// data + i, or null. F may be const.
+template <class F>
+__device__ __forceinline__ F* Advance(F* data, int64_t i, Stored stored) {
   if (data == nullptr) return nullptr;
-  if (sizeof(T) == 8 || stored == Stored::whole) return data + i;
-  using Bits = std::conditional_t<std::is_const_v<T>, const uint16_t, uint16_t>;
-  return reinterpret_cast<T*>(reinterpret_cast<Bits*>(data) + i);
+  if (stored == Stored::whole) return data + i;
+  using Bits = std::conditional_t<std::is_const_v<F>, const uint16_t, uint16_t>;
+  return reinterpret_cast<F*>(reinterpret_cast<Bits*>(data) + i);
 }
-template <class T>
-__device__ __forceinline__ const T* ArrayAt(const Operand<const T>& operand, const Batch& batch, int64_t b, Stored s) {
+__device__ __forceinline__ const float* ArrayAt(const Operand<const float>& operand, const Batch& batch, int64_t b,
+                                                Stored stored) {
   if (operand.data == nullptr) return nullptr;
-  return Advance(operand.data, At(operand, batch, b) - operand.data, s);
+  return Advance(operand.data, At(operand, batch, b) - operand.data, stored);
 }
 
 // ---- What a block does.
 
 // Where things lie in shared memory, by bytes, and how work is divided.
 struct Plan {
-  int rows;           // of a tile; with tangents as many rows again follow
-  bool resident;      // all weights are in shared memory, rather than one layer's at a time
-  bool sums_shared;   // so are sums of gradients, rather than in scratch
-  bool kept;          // layers of a tile are in scratch, and in shared memory one at a time
+  int warps;
+  bool dual;          // with tangents: a warp has eight rows and their tangents
+  bool sums_shared;   // sums of gradients are in shared memory, rather than in scratch
   bool weights_vary;  // between batch entries
   int lowest;         // the first layer whose gradients are wanted, of weights or x
   int pieces;         // blocks that share in a sum
   int bytes;
+  int place[kMaxLayers + 1];
   int weight[kMaxLayers], weight_tangent[kMaxLayers], bias[kMaxLayers], bias_tangent[kMaxLayers];
-  int sum[kMaxLayers], bias_sum[kMaxLayers];
-  int h[kMaxLayers], slope[kMaxLayers];       // what a layer takes; σ' and σ'' ṗ of what it returns
-  int delta[2];                               // the gradient in p, of layers in turn
-  int64_t parameter[kMaxLayers];              // where a layer's begin, in a piece of the sums
-  int64_t parameters, tiles_of_entry, tiles;  // of a piece
-  int64_t keep, keep_of_block;                // bytes of scratch before what is kept, and of a block's
+  int sums;
+  int64_t parameter[kMaxLayers + 1];  // where a layer's begin in the sums, and their count
+  int64_t tiles_of_entry, tiles;      // of a piece
   SplitBatch split;
 };
 
-__device__ __forceinline__ int Padded(int width) { return (width + kPiece - 1) & -kPiece; }
-template <class E>
-__host__ __device__ __forceinline__ int StrideOf(int width) {
-  constexpr int kUnit = 128 / sizeof(E);
-  return (width + kUnit - 1) / kUnit * kUnit;
-}
+// Rows of a place: eight numbers, or as many more as are wanted so that those that a warp reads or writes at a time lie
+// in different banks, be they from eight columns of four rows or from four pairs of columns of four rows.
+__host__ __device__ __forceinline__ int StrideOf(int width) { return (BlocksOf(width) | 1) * kBlock; }
 
-// Copies `rows` × `columns` numbers into a matrix from `column` on, zero up to padded_rows and padded_columns.
-template <class P, class T = typename P::Number>
-__device__ __forceinline__ void CopyIn(Matrix<typename P::Element> to, int row, int column, const T* from, int rows,
-                                       int columns, int padded_rows, int padded_columns, Stored stored) {
-  for (int c = threadIdx.x & (kPiece - 1); c < padded_columns; c += kPiece) {
-#pragma unroll 4
-    for (int r = threadIdx.x / kPiece; r < padded_rows; r += kThreads / kPiece) {
-      const bool exists = from != nullptr && r < rows && c < columns;
-      const T x = exists ? LoadFrom(from, r * columns + c, stored) : T(0);
-      *to.At(row + r, column + c) = P::Rounded(x, stored);
-    }
-  }
-}
+// In a block of weights, of eight of what a layer returns by eight of what it takes, the rows 4, 5 and 6, 7 trade
+// places. So both pairs of neighbours in a row, as the way forward reads them, and in a column, as that back does, lie
+// in different banks.
+__device__ __forceinline__ int RowInBlock(int o) { return o ^ (o >> 2 & 1); }
 
-template <class P, bool kDual, bool kBackward>
-struct Block {
-  using T = typename P::Number;
-  using E = typename P::Element;
+template <class P, bool kBackward>
+struct Tile {
   using V = typename P::Activated;
-  static constexpr int kGroups = kBackward ? 1 : 2;
+  using Rows = float[kBlocks][4];  // of all columns, what a lane holds of a warp's rows
 
-  const Mlp<T, T>& mlp;
+  const Mlp<float, float>& mlp;
   const Plan& plan;
   char* memory;
-  T* piece;
-  char* keep;
-  int span;  // rows of a tile, those of tangents too
+  float* sums;
   Stored stored;
+  int g = Lane() >> 2, t = Lane() & 3, warp = threadIdx.x / kWarp;
+  // Of the tile: the batch entry, its first row in it, and how many rows there are.
+  int64_t b = 0, first = 0;
+  int rows = 0;
 
-  __device__ __forceinline__ Matrix<E> Elements(int at, int width) const {
-    return {reinterpret_cast<E*>(memory + at), StrideOf<E>(width)};
+  __device__ __forceinline__ float* At(int bytes) const { return reinterpret_cast<float*>(memory + bytes); }
+  // A lane's entries of a layer's place.
+  __device__ __forceinline__ float* Place(int l) const {
+    return At(plan.place[l]) + (warp * kRows + g) * StrideOf(mlp.width[l]) + 2 * t;
   }
-  __device__ __forceinline__ Matrix<T> Numbers(int at, int width) const {
-    return {reinterpret_cast<T*>(memory + at), StrideOf<T>(width)};
-  }
-  __device__ __forceinline__ int widest() const {
-    int width = 0;
-    for (int l = 0; l <= mlp.layers; ++l) width = max(width, mlp.width[l]);
-    return width;
+  // The tile's row that a lane's row, or that row and its tangent, are.
+  __device__ __forceinline__ int RowOf(int half) const {
+    return plan.dual ? warp * (kRows / 2) + g : warp * kRows + g + half * (kRows / 2);
   }
 
-  __device__ __forceinline__ void LoadLayer(int l, int64_t b) const {
+  // ---- Weights.
+
+  __device__ __forceinline__ void CopyWeights(int to, const float* from, int out, int in) const {
+    const int blocks = BlocksOf(in), padded = blocks * kBlock;
+    for (int o = warp; o < BlocksOf(out) * kBlock; o += plan.warps) {
+      float* const row = At(to) + (o / kBlock * blocks * kBlock + RowInBlock(o % kBlock)) * kBlock;
+      for (int c = Lane(); c < padded; c += kWarp) {
+        float x[1] = {o < out && c < in ? LoadFrom(from, o * in + c, stored) : 0.0f};
+        P::Round(x);
+        row[c / kBlock * (kBlock * kBlock) + c % kBlock] = x[0];
+      }
+    }
+  }
+  __device__ __forceinline__ void CopyBias(int to, const float* from, int out) const {
+    for (int o = threadIdx.x; o < BlocksOf(out) * kBlock; o += blockDim.x) {
+      At(to)[o] = from != nullptr && o < out ? LoadFrom(from, o, stored) : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void LoadLayer(int l) const {
     const int in = mlp.width[l], out = mlp.width[l + 1];
-    const T* weight = ArrayAt(mlp.weight[l].value, mlp.batch, b, stored);
-    CopyIn<P>(Elements(plan.weight[l], in), 0, 0, weight, out, in, Padded(out), Padded(in), stored);
-    const T* bias = ArrayAt(mlp.bias[l].value, mlp.batch, b, stored);
-    auto* biases = reinterpret_cast<T*>(memory + plan.bias[l]);
-    for (int o = threadIdx.x; o < Padded(out); o += kThreads) {
-      biases[o] = bias != nullptr && o < out ? LoadFrom(bias, o, stored) : T(0);
+    CopyWeights(plan.weight[l], ArrayAt(mlp.weight[l].value, mlp.batch, b, stored), out, in);
+    CopyBias(plan.bias[l], ArrayAt(mlp.bias[l].value, mlp.batch, b, stored), out);
+    if (!plan.dual) return;
+    CopyBias(plan.bias_tangent[l], ArrayAt(mlp.bias[l].tangent, mlp.batch, b, stored), out);
+    const float* moves = ArrayAt(mlp.weight[l].tangent, mlp.batch, b, stored);
+    if (moves != nullptr) CopyWeights(plan.weight_tangent[l], moves, out, in);
+  }
+
+  // ---- Products.
+
+  // sum += x Wᵀ, or with kBack x W, of `steps` blocks of what is summed over and `blocks` of sums, with kAll of all of
+  // these. If `shifted`, rows of tangents take x's rows of values, and those of values nothing.
+  template <bool kBack, bool kAll>
+  __device__ __forceinline__ void MultiplyBlocks(const float* weight, int some_steps, int some_blocks, bool shifted,
+                                                 const Rows& x, Rows& sum) const {
+    constexpr int kSize = kBlock * kBlock;
+    const int steps = kAll ? kBlocks : some_steps, blocks = kAll ? kBlocks : some_blocks;
+    const float* at[kBlocks];
+    if constexpr (kBack) {
+      at[0] = weight + RowInBlock(2 * t) * kBlock + g;
+      at[1] = weight + RowInBlock(2 * t + 1) * kBlock + g;
+    } else {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) at[n] = weight + n * steps * kSize + RowInBlock(g) * kBlock + 2 * t;
     }
-    if constexpr (kDual) {
-      const T* moves = ArrayAt(mlp.weight[l].tangent, mlp.batch, b, stored);
-      if (moves != nullptr) {
-        CopyIn<P>(Elements(plan.weight_tangent[l], in), 0, 0, moves, out, in, Padded(out), Padded(in), stored);
+    const int step_size = kBack ? blocks * kSize : kSize;
+#pragma unroll
+    for (int k = 0; k < kBlocks; k += 2) {
+      if (!kAll && k >= steps) break;
+      const bool second = kAll || k + 1 < steps;
+      typename P::A a[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float of_step[4] = {x[k + i][0], x[k + i][2], x[k + i][1], x[k + i][3]};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (!kAll && shifted) of_step[j] = j % 2 == 0 ? 0.0f : x[k + i][j / 2];
+          if (i == 1 && !second) of_step[j] = 0;
+        }
+        a[i] = P::Make(of_step);
       }
-      const T* bias_moves = ArrayAt(mlp.bias[l].tangent, mlp.batch, b, stored);
-      auto* tangents = reinterpret_cast<T*>(memory + plan.bias_tangent[l]);
-      for (int o = threadIdx.x; o < Padded(out); o += kThreads) {
-        tangents[o] = bias_moves != nullptr && o < out ? LoadFrom(bias_moves, o, stored) : T(0);
+      const int next = second ? step_size : 0;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        if (!kAll && n >= blocks) break;
+        typename P::B b[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float pair[2];
+          if constexpr (kBack) {
+            pair[0] = at[0][i * next + n * kSize], pair[1] = at[1][i * next + n * kSize];
+          } else {
+            LoadPair(at[n] + k * kSize + i * next, pair);
+          }
+          b[i] = P::Make(pair);
+        }
+        P::Multiply(sum[n], a, b);
       }
+      if constexpr (kBack) at[0] += 2 * step_size, at[1] += 2 * step_size;
+    }
+  }
+  template <bool kBack>
+  __device__ __forceinline__ void Multiply(int l, const Rows& x, Rows& sum) const {
+    const int in = BlocksOf(mlp.width[l]), out = BlocksOf(mlp.width[l + 1]);
+    const int steps = kBack ? out : in, blocks = kBack ? in : out;
+    const bool all = steps == kBlocks && blocks == kBlocks;
+    if (all) MultiplyBlocks<kBack, true>(At(plan.weight[l]), steps, blocks, false, x, sum);
+    const bool moves = mlp.weight[l].tangent.data != nullptr;
+#pragma unroll 1
+    for (int pass = all ? 1 : 0; pass < (moves ? 2 : 1); ++pass) {
+      const int weight = pass == 0 ? plan.weight[l] : plan.weight_tangent[l];
+      MultiplyBlocks<kBack, false>(At(weight), steps, blocks, pass == 1, x, sum);
     }
   }
 
-  __device__ __forceinline__ void LoadTile(int64_t b, int64_t first, int rows) const {
-    const Matrix<E> x = Elements(plan.h[0], mlp.width[0]);
-    for (int part = 0, column = 0; part < mlp.parts; column += mlp.part_width[part++]) {
-      const int width = mlp.part_width[part];
-      const int padded = part + 1 < mlp.parts ? width : Padded(mlp.width[0]) - column;
-      const T* value = ArrayAt(mlp.x[part].value, mlp.batch, b, stored);
-      const int64_t at = first * width;
-      CopyIn<P>(x, 0, column, Advance(value, at, stored), rows, width, plan.rows, padded, stored);
-      if constexpr (kDual) {
-        const T* tangent = ArrayAt(mlp.x[part].tangent, mlp.batch, b, stored);
-        CopyIn<P>(x, plan.rows, column, Advance(tangent, at, stored), rows, width, plan.rows, padded, stored);
-      }
+  // Calls run(kind, whether with tangents, n, of[n]) for the blocks n below `blocks`. Activations that are used most
+  // have code for each block, if kUnrolled; by that of others blocks move past.
+  template <bool kUnrolled, class Run>
+  __device__ __forceinline__ void EachBlock(ActivationKind kind, int blocks, Rows& of, Run&& run) const {
+    using K = ActivationKind;
+    const auto either = [&](auto&& with) { plan.dual ? with(std::true_type()) : with(std::false_type()); };
+    if constexpr (kUnrolled) {
+      const auto each = [&](auto k) {
+        either([&](auto dual) {
+#pragma unroll
+          for (int n = 0; n < kBlocks; ++n) {
+            if (n >= blocks) break;
+            run(k, dual, n, of[n]);
+          }
+        });
+      };
+      if (kind == K::softplus) return each(std::integral_constant<K, K::softplus>());
+      if (kind == K::relu) return each(std::integral_constant<K, K::relu>());
     }
-  }
-
-  // A unit is 32 rows, of which with tangents half are those of the other half, by 16·kGroups columns.
-  struct Unit {
-    int row[2], column, groups;
-  };
-  __device__ __forceinline__ int Units(int width) const {
-    return span / 32 * ((Padded(width) + kPiece * kGroups - 1) / (kPiece * kGroups));
-  }
-  __device__ __forceinline__ Unit UnitOf(int u, int width) const {
-    const int row_groups = span / 32, c = u / row_groups, r = u - c * row_groups;
-    const int left = Padded(width) / kPiece - c * kGroups;
-    const int first = kDual ? 16 * r : 32 * r;
-    return {{first, first + (kDual ? plan.rows : 16)}, c * kGroups * kPiece, min(left, kGroups)};
-  }
-
-  // σ of what a thread holds of two rows, in the place of p: with tangents of a value and its tangent.
-  static __device__ __forceinline__ void ActivateQuads(ActivationKind kind, Parameter<V> parameter, T (&p)[2][4],
-                                                       T (&slope)[2][4]) {
-    WithKind(kind, [&](auto k) {
+#pragma unroll 1
+    for (int n = 0; n < kBlocks; ++n) {
+      float x[4] = {of[0][0], of[0][1], of[0][2], of[0][3]};
+      if (n < blocks) {
+        WithKind(kind, [&](auto k) { either([&](auto dual) { run(k, dual, n, x); }); });
+      }
+      if (blocks > 1) {
+#pragma unroll
+        for (int m = 1; m < kBlocks; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) of[m - 1][i] = of[m][i];
+      }
+      const int last = blocks > 1 ? kBlocks - 1 : 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Jet<V> jet = Activate<decltype(k)::value>(V{p[0][i]}, parameter);
-        p[0][i] = Raw(jet.value), slope[0][i] = Raw(jet.slope);
-        if constexpr (kDual) {
-          slope[1][i] = Raw(jet.bend) * p[1][i];
-          p[1][i] *= slope[0][i];
+        if (blocks > 1) {
+          of[kBlocks - 1][i] = x[i];
         } else {
-          const Jet<V> other = Activate<decltype(k)::value>(V{p[1][i]}, parameter);
-          p[1][i] = Raw(other.value), slope[1][i] = Raw(other.slope);
+          of[0][i] = x[i];
         }
       }
+      if (last == 0) break;
+    }
+  }
+
+  static __device__ __forceinline__ Parameter<V> ParameterOfActivation(const Activation& activation) {
+    const float c = static_cast<float>(activation.parameter);
+    return {V{c}, V{1 / c}};
+  }
+  // p becomes h.
+  template <ActivationKind kind, bool kDual>
+  static __device__ __forceinline__ void Activate4(Parameter<V> parameter, float (&p)[4]) {
+#pragma unroll
+    for (int i = 0; i < (kDual ? 2 : 4); ++i) {
+      const Jet<V> jet = Activate<kind>(V{p[i]}, parameter);
+      p[i] = Raw(jet.value);
+      if (kDual) p[i + 2] *= Raw(jet.slope);
+    }
+  }
+  // p becomes h, and the gradient in h that in p.
+  template <ActivationKind kind, bool kDual>
+  static __device__ __forceinline__ void Activate4(Parameter<V> parameter, float (&p)[4], float (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < (kDual ? 2 : 4); ++i) {
+      const Jet<V> jet = Activate<kind>(V{p[i]}, parameter);
+      const float slope = Raw(jet.slope);
+      if (kDual) {
+        a[i + 2] = a[i + 2] * slope + a[i] * (Raw(jet.bend) * p[i + 2]);
+        p[i + 2] *= slope;
+      }
+      p[i] = Raw(jet.value), a[i] *= slope;
+    }
+  }
+
+  // ---- Arrays.
+
+  // Calls run(n, i, column of the part) for the blocks n of x and the lane's columns i in these that are of a part that
+  // begins at column `before` of x; with kPairs for the first of two.
+  template <bool kPairs, class Run>
+  __device__ __forceinline__ void EachColumn(int before, int width, Run&& run) const {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      if ((n + 1) * kBlock <= before) continue;
+      if (n * kBlock >= before + width) break;
+#pragma unroll
+      for (int i = 0; i < (kPairs ? 1 : 2); ++i) {
+        const int c = n * kBlock + 2 * t + i - before;
+        if (c >= 0 && c < width) run(n, i, c);
+      }
+    }
+  }
+  // Whether a lane's two columns are of the same part, and two numbers' place in memory is that of a pair.
+  __device__ __forceinline__ bool InPairs(int before, int width) const {
+    return stored == Stored::whole && ((before | width) & 1) == 0;
+  }
+  __device__ __forceinline__ void LoadX(Rows& x) const {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] = 0;
+#pragma unroll 1
+    for (int part = 0, before = 0; part < mlp.parts; before += mlp.part_width[part++]) {
+      const int width = mlp.part_width[part];
+      const float* value = ArrayAt(mlp.x[part].value, mlp.batch, b, stored);
+      const float* other = plan.dual ? ArrayAt(mlp.x[part].tangent, mlp.batch, b, stored) : value;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* array = half ? other : value;
+        if (array == nullptr || RowOf(half) >= rows) continue;
+        const float* from = Advance(array, (first + RowOf(half)) * width, stored);
+        if (InPairs(before, width)) {
+          EachColumn<true>(before, width, [&](int n, int, int c) {
+            float two[2];
+            LoadPair(from + c, two);
+            x[n][2 * half] = two[0], x[n][2 * half + 1] = two[1];
+          });
+        } else {
+          EachColumn<false>(before, width,
+                            [&](int n, int i, int c) { x[n][2 * half + i] = LoadFrom(from, c, stored); });
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) P::Round(x[n]);
+  }
+  __device__ __forceinline__ void StoreXBar(const Rows& x) const {
+#pragma unroll 1
+    for (int part = 0, before = 0; part < mlp.parts; before += mlp.part_width[part++]) {
+      const int width = mlp.part_width[part];
+      if (mlp.x_bar[part] == nullptr) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (RowOf(half) >= rows || (plan.dual && half == 0)) continue;
+        float* to = Advance(mlp.x_bar[part], (b * mlp.N + first + RowOf(half)) * width, stored);
+        if (InPairs(before, width)) {
+          EachColumn<true>(before, width,
+                           [&](int n, int, int c) { StorePair(to + c, x[n][2 * half], x[n][2 * half + 1]); });
+        } else {
+          EachColumn<false>(before, width, [&](int n, int i, int c) { StoreTo(x[n][2 * half + i], to, c, stored); });
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void StorePlace(int l, const Rows& x) const {
+    float* const to = Place(l);
+    const int below = kRows / 2 * StrideOf(mlp.width[l]);
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      if (n >= BlocksOf(mlp.width[l])) break;
+      StorePair(to + n * kBlock, x[n][0], x[n][1]);
+      StorePair(to + n * kBlock + below, x[n][2], x[n][3]);
+    }
+  }
+
+  // ---- The way forward: p of the last layer.
+  __device__ __forceinline__ void Forward(Rows& x) const {
+    LoadX(x);
+#pragma unroll 1
+    for (int l = 0; l < mlp.layers; ++l) {
+      Rows p;
+      const int out = BlocksOf(mlp.width[l + 1]);
+      const float *bias = At(plan.bias[l]) + 2 * t, *below = plan.dual ? At(plan.bias_tangent[l]) + 2 * t : bias;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        float two[2][2] = {};
+        if (n < out) LoadPair(bias + n * kBlock, two[0]), LoadPair(below + n * kBlock, two[1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[n][i] = two[i >> 1][i & 1];
+      }
+      Multiply<false>(l, x, p);
+      if (l + 1 < mlp.layers) {
+        if constexpr (kBackward) StorePlace(l + 1, p);
+        const Parameter<V> parameter = ParameterOfActivation(mlp.activation);
+        EachBlock<true>(mlp.activation.kind, out, p, [&](auto kind, auto dual, int, float (&h)[4]) {
+          Activate4<decltype(kind)::value, decltype(dual)::value>(parameter, h);
+          P::Round(h, stored);
+        });
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = p[n][i];
+    }
+  }
+
+  // Writes y; p becomes the gradient in p.
+  __device__ __forceinline__ void Finish(Rows& p) const {
+    const int out = mlp.width[mlp.layers];
+    float* const y = Advance(mlp.y, (b * mlp.N + first) * out, stored);
+    const float *ct = nullptr, *moves = nullptr;
+    if constexpr (kBackward) {
+      ct = Advance(ArrayAt(mlp.ct.value, mlp.batch, b, stored), first * out, stored);
+      moves = plan.dual ? Advance(ArrayAt(mlp.ct.tangent, mlp.batch, b, stored), first * out, stored) : ct;
+    }
+    const Parameter<V> parameter = ParameterOfActivation(mlp.output_activation);
+    EachBlock<false>(mlp.output_activation.kind, BlocksOf(out), p, [&](auto kind, auto dual, int n, float (&h)[4]) {
+      int at[4];
+      float a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = n * kBlock + 2 * t + (i & 1), row = RowOf(i >> 1);
+        at[i] = row < rows && c < out ? row * out + c : -1;
+        const float* from = i & 2 ? moves : ct;
+        if (kBackward) a[i] = at[i] >= 0 && from != nullptr ? LoadFrom(from, at[i], stored) : 0.0f;
+      }
+      if constexpr (kBackward) {
+        Activate4<decltype(kind)::value, decltype(dual)::value>(parameter, h, a);
+      } else {
+        Activate4<decltype(kind)::value, decltype(dual)::value>(parameter, h);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (y != nullptr && at[i] >= 0 && (!dual || i >= 2)) StoreTo(h[i], y, at[i], stored);
+        if (kBackward) h[i] = at[i] >= 0 ? a[i] : 0.0f;
+      }
+      if (kBackward) P::Round(h);
     });
   }
 
-  // Layer l of a tile of `rows` rows from `first` on.
-  __device__ __forceinline__ void Forward(int l, int64_t b, int64_t first, int rows) const {
-    const int in = mlp.width[l], out = mlp.width[l + 1];
-    const bool last = l + 1 == mlp.layers;
-    const Matrix<E> h = Elements(plan.h[l], in), weight = Elements(plan.weight[l], in);
-    const Activation activation = last ? mlp.output_activation : mlp.activation;
-    const Parameter<V> parameter = {V{static_cast<T>(activation.parameter)},
-                                    V{static_cast<T>(1) / static_cast<T>(activation.parameter)}};
-    const int q = Lane() >> 2, j = Lane() & 3;
-    for (int u = threadIdx.x / kWarp; u < Units(out); u += kWarps) {
-      const Unit unit = UnitOf(u, out);
-      T sum[kGroups][2][2][4] = {};
-      Multiply<P, Product::forward, kGroups, 2>(sum, h, unit.row, 2, weight, unit.column, unit.groups, Padded(in));
-      if constexpr (kDual) {
-        if (mlp.weight[l].tangent.data != nullptr) {
-          T more[kGroups][1][2][4] = {};
-          const int row[1] = {unit.row[0]};
-          Multiply<P, Product::forward, kGroups, 1>(more, h, row, 1, Elements(plan.weight_tangent[l], in), unit.column,
-                                                    unit.groups, Padded(in));
-          AddToTangent(sum, more);
-        }
-      }
-      T p[2 * kGroups][2][4];
-      Rows(sum, p);
+  // ---- The way back, from the gradient in p of the last layer.
+  __device__ __forceinline__ void Back(Rows& beta) const {
 #pragma unroll 1
-      for (int i = 0; i < 2 * unit.groups; ++i) {
-        const int column = unit.column + (i >> 1) * kPiece;
-        const int row[2] = {unit.row[0] + q + 8 * (i & 1), unit.row[1] + q + 8 * (i & 1)};
-        AddBias(l, column, j, p[0]);
-        T slope[2][4];
-        ActivateQuads(activation.kind, parameter, p[0], slope);
+    for (int l = mlp.layers - 1; l >= plan.lowest; --l) {
+      const bool adds = mlp.weight_bar[l] != nullptr || mlp.bias_bar[l] != nullptr;
+      const bool goes_on = l > plan.lowest || (l == 0 && WantsRows(mlp));
+      const int in = BlocksOf(mlp.width[l]);
+      if (adds) StorePlace(l + 1, beta);
+      Rows a = {};
+      if (goes_on) Multiply<true>(l, beta, a);
+      if (l > 0) {
+        float* place = Place(l);
+        const int below = kRows / 2 * StrideOf(mlp.width[l]);
+        const Parameter<V> parameter = ParameterOfActivation(mlp.activation);
+        const bool there[2] = {RowOf(0) < rows, RowOf(1) < rows};
+        EachBlock<true>(mlp.activation.kind, in, a, [&](auto kind, auto dual, int n, float (&a)[4]) {
+          float two[2][2];
+          LoadPair(place + n * kBlock, two[0]), LoadPair(place + n * kBlock + below, two[1]);
+          float p[4] = {two[0][0], two[0][1], two[1][0], two[1][1]};
+          if (stored != Stored::whole) P::Round(a, stored);
+          Activate4<decltype(kind)::value, decltype(dual)::value>(parameter, p, a);
+          P::Round(p, stored);
+          P::Round(a);
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          if ((kDual ? row[0] : row[s]) < rows) continue;  // rows that do not exist add nothing to any sum
-#pragma unroll
-          for (int n = 0; n < 4; ++n) p[0][s][n] = slope[s][n] = 0;
-        }
-        if (last) {
-          Finish(column, j, row, b, first, rows, p[0], slope);
-        } else {
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            P::StoreQuad(Elements(plan.h[l + 1], out), row[s], column, j, p[0][s], stored);
-            if constexpr (kBackward) StoreNumbers(Numbers(plan.slope[l], out), row[s], column, j, slope[s]);
+          for (int i = 0; i < 4; ++i) {
+            if (!there[i >> 1]) p[i] = a[i] = 0;  // rows that do not exist add nothing to any sum
           }
-        }
-#pragma unroll
-        for (int n = 1; n < 2 * kGroups; ++n) {
-#pragma unroll
-          for (int s = 0; s < 2; ++s)
-#pragma unroll
-            for (int m = 0; m < 4; ++m) p[n - 1][s][m] = p[n][s][m];
-        }
+          StorePair(place + n * kBlock, p[0], p[1]);
+          StorePair(place + n * kBlock + below, p[2], p[3]);
+        });
+      } else if (goes_on) {
+        StoreXBar(a);
       }
+      if (adds) {
+        __syncthreads();
+        if (l == 0) {  // x's place is that of layers that are done
+          LoadX(a);
+          StorePlace(0, a);
+          __syncthreads();
+        }
+        AddSums(l);
+        __syncthreads();
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) beta[n][i] = a[n][i];
     }
   }
 
-  // What a thread holds, by rows.
-  static __device__ __forceinline__ void Rows(const T (&sum)[kGroups][2][2][4], T (&p)[2 * kGroups][2][4]) {
-#pragma unroll
-    for (int n = 0; n < 2 * kGroups; ++n)
-#pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[n][s][i] = sum[n >> 1][s][P::TileOf(i)][2 * (n & 1) + P::EntryOf(i)];
-  }
-  static __device__ __forceinline__ void AddToTangent(T (&sum)[kGroups][2][2][4], const T (&more)[kGroups][1][2][4]) {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[g][1][c][i] += more[g][0][c][i];
-  }
-  __device__ __forceinline__ void AddBias(int l, int column, int j, T (&p)[2][4]) const {
-    const T* bias = reinterpret_cast<const T*>(memory + plan.bias[l]) + column;
-    const T* tangent = kDual ? reinterpret_cast<const T*>(memory + plan.bias_tangent[l]) + column : bias;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      p[0][i] += bias[P::ColumnOf(j, i)];
-      p[1][i] += tangent[P::ColumnOf(j, i)];
-    }
-  }
-  // Numbers that the same thread reads again.
-  static __device__ __forceinline__ void StoreNumbers(Matrix<T> m, int row, int column, int j, const T (&x)[4]) {
-    T* at = m.At(row, column + 4 * j);
-    if constexpr (sizeof(T) == 4) {
-      *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
-    } else {
-      for (int i = 0; i < 4; ++i) at[i] = x[i];
-    }
-  }
-  static __device__ __forceinline__ void LoadNumbers(Matrix<T> m, int row, int column, int j, T (&x)[4]) {
-    const T* at = m.At(row, column + 4 * j);
-    if constexpr (sizeof(T) == 4) {
-      const float4 all = *reinterpret_cast<const float4*>(at);
-      x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
-    } else {
-      for (int i = 0; i < 4; ++i) x[i] = at[i];
-    }
-  }
-
-  // The last layer: writes y, and begins the way back.
-  __device__ __forceinline__ void Finish(int column, int j, const int (&row)[2], int64_t b, int64_t first, int rows,
-                                         const T (&h)[2][4], const T (&slope)[2][4]) const {
-    const int out = mlp.width[mlp.layers];
-    if (mlp.y != nullptr) {
-      T* const y = Advance(mlp.y, (b * mlp.N + first) * out, stored);
-#pragma unroll
-      for (int s = kDual ? 1 : 0; s < 2; ++s) {
-        const int r = kDual ? row[0] : row[s];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int c = column + P::ColumnOf(j, i);
-          if (r < rows && c < out) StoreTo(h[s][i], y, r * out + c, stored);
-        }
-      }
-    }
-    if constexpr (kBackward) {
-      const T* ct = Advance(ArrayAt(mlp.ct.value, mlp.batch, b, stored), first * out, stored);
-      const T* moves = kDual ? Advance(ArrayAt(mlp.ct.tangent, mlp.batch, b, stored), first * out, stored) : nullptr;
-      T delta[2][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int c = column + P::ColumnOf(j, i);
-        if constexpr (kDual) {
-          const bool exists = row[0] < rows && c < out;
-          const int at = row[0] * out + c;
-          const T a = exists ? LoadFrom(ct, at, stored) : T(0);
-          const T da = exists && moves != nullptr ? LoadFrom(moves, at, stored) : T(0);
-          delta[0][i] = a * slope[0][i];
-          delta[1][i] = da * slope[0][i] + a * slope[1][i];
-        } else {
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            const bool exists = row[s] < rows && c < out;
-            delta[s][i] = exists ? LoadFrom(ct, row[s] * out + c, stored) * slope[s][i] : T(0);
-          }
-        }
-      }
-      const Matrix<E> to = Elements(plan.delta[mlp.layers - 1 & 1], widest());
-#pragma unroll
-      for (int s = 0; s < 2; ++s) P::StoreQuad(to, row[s], column, j, delta[s], stored);
-    }
-  }
-
-  // From the gradient in what layer l returns, before its activation, to that of the layer below, or in x.
-  __device__ __forceinline__ void Back(int l, int64_t b, int64_t first, int rows) const {
-    const int in = mlp.width[l], out = mlp.width[l + 1];
-    const Matrix<E> delta = Elements(plan.delta[l & 1], widest()), weight = Elements(plan.weight[l], in);
-    const int q = Lane() >> 2, j = Lane() & 3;
-    for (int u = threadIdx.x / kWarp; u < Units(in); u += kWarps) {
-      const Unit unit = UnitOf(u, in);
-      T sum[kGroups][2][2][4] = {};
-      Multiply<P, Product::back, kGroups, 2>(sum, delta, unit.row, 2, weight, unit.column, unit.groups, Padded(out));
-      if constexpr (kDual) {
-        if (mlp.weight[l].tangent.data != nullptr) {
-          T more[kGroups][1][2][4] = {};
-          const int row[1] = {unit.row[0]};
-          Multiply<P, Product::back, kGroups, 1>(more, delta, row, 1, Elements(plan.weight_tangent[l], in), unit.column,
-                                                 unit.groups, Padded(out));
-          AddToTangent(sum, more);
-        }
-      }
-      T a[2 * kGroups][2][4];
-      Rows(sum, a);
-#pragma unroll
-      for (int n = 0; n < 2 * kGroups; ++n) {
-        if (n >= 2 * unit.groups) continue;
-        const int column = unit.column + (n >> 1) * kPiece;
-        const int row[2] = {unit.row[0] + q + 8 * (n & 1), unit.row[1] + q + 8 * (n & 1)};
-        if (l == 0) {
-          StoreRowGradient(column, j, row, b, first, rows, a[n]);
-          continue;
-        }
-        T slope[2][4], below[2][4];
-#pragma unroll
-        for (int s = 0; s < 2; ++s) LoadNumbers(Numbers(plan.slope[l - 1], in), row[s], column, j, slope[s]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          below[0][i] = a[n][0][i] * slope[0][i];
-          below[1][i] = kDual ? a[n][1][i] * slope[0][i] + a[n][0][i] * slope[1][i] : a[n][1][i] * slope[1][i];
-        }
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          P::StoreQuad(Elements(plan.delta[l - 1 & 1], widest()), row[s], column, j, below[s], stored);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void StoreRowGradient(int column, int j, const int (&row)[2], int64_t b, int64_t first,
-                                                   int rows, const T (&a)[2][4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int part = 0, c = column + P::ColumnOf(j, i);
-      while (part < mlp.parts && c >= mlp.part_width[part]) c -= mlp.part_width[part++];
-      if (part == mlp.parts || mlp.x_bar[part] == nullptr) continue;
-      const int width = mlp.part_width[part];
-      T* const to = Advance(mlp.x_bar[part], (b * mlp.N + first) * width, stored);
-#pragma unroll
-      for (int s = kDual ? 1 : 0; s < 2; ++s) {
-        const int r = kDual ? row[0] : row[s];
-        if (r < rows) StoreTo(a[s][i], to, r * width + c, stored);
-      }
-    }
-  }
-
-  // Adds a tile's part of the gradients in a layer's weight and bias.
+  // ---- Sums over the rows of a tile, in pieces of 16 of what a layer returns by a block of what it takes. A warp has
+  // kMany blocks next to each other: of those behind the last it reads what lies there, for nobody.
   __device__ __forceinline__ void AddSums(int l) const {
-    const int in = mlp.width[l], out = mlp.width[l + 1], row_pieces = Padded(out) / kPiece;
-    const int columns = Padded(in) / kPiece;
-    const int sets = (row_pieces + 1) / 2 * columns < kWarps ? 1 : 2, heights = (row_pieces + sets - 1) / sets;
-    const Matrix<E> delta = Elements(plan.delta[l & 1], widest()), h = Elements(plan.h[l], in);
-    const int q = Lane() >> 2, j = Lane() & 3;
-    for (int u = threadIdx.x / kWarp; u < heights * columns; u += kWarps) {
-      const int column = u / heights * kPiece, o0 = u % heights * sets * kPiece;
-      const int row[2] = {o0, o0 + kPiece}, exist = min(sets, row_pieces - u % heights * sets);
-      const bool ones = column == 0;
-      T sum[1][2][2][4] = {}, bias[2][4] = {};
-      Multiply<P, Product::sums, 1, 2>(sum, delta, row, exist, h, column, 1, span, kDual ? plan.rows : 0,
-                                       ones ? bias : nullptr, kDual ? plan.rows : 0);
+    constexpr int kMany = 4;
+    const int in = BlocksOf(mlp.width[l]), groups = (BlocksOf(mlp.width[l + 1]) + 1) / 2;
+    const int of_beta = StrideOf(mlp.width[l + 1]), of_h = StrideOf(mlp.width[l]);
+    const int shares = (in + kMany - 1) / kMany;
+    const bool biases = mlp.bias_bar[l] != nullptr;
+    float* const to = sums + plan.parameter[l];
+    for (int u = warp; u < groups * shares; u += plan.warps) {
+      const int o = u / shares, first = (u - o * shares) * kMany;
+      const bool adds_beta = biases && first == 0;
+      const float* const beta = At(plan.place[l + 1]) + t * of_beta + 2 * kBlock * o + g;
+      const float* const h = At(plan.place[l]) + t * of_h + kBlock * first + g;
+      float sum[kMany][4] = {}, of_ones[4] = {};
+      const float all[2] = {1.0f, 1.0f}, none[2] = {};
+      const typename P::B ones[2] = {P::Make(plan.dual ? none : all), P::Make(all)};
+      // Pairs of steps are of rows and, if there are any, their tangents, with which the other factor's rows go.
+      const int first_h = plan.dual ? kBlock * of_h : 0, second_h = kBlock * of_h - first_h;
+#pragma unroll 1
+      for (int pair = 0; pair < plan.warps; ++pair) {
+        const float* const left = beta + pair * kRows * of_beta;
+        const float* const right = h + pair * kRows * of_h;
+        typename P::A a[2];
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        if (s >= exist) continue;
+        for (int k = 0; k < 2; ++k) {
+          const float* from = left + k * kBlock * of_beta;
+          const float four[4] = {from[0], from[kBlock], from[4 * of_beta], from[4 * of_beta + kBlock]};
+          a[k] = P::Make(four);
+        }
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int o = row[s] + P::SumRowOf(q, n);
-          T x[4];
+        for (int n = 0; n < kMany; ++n) {
+          typename P::B b[2];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x[i] = sum[0][s][P::TileOf(i)][2 * n + P::EntryOf(i)];
-          if (plan.sums_shared) {
-            T before[4];
-            LoadNumbers(Numbers(plan.sum[l], in), o, column, j, before);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] += before[i];
-            StoreNumbers(Numbers(plan.sum[l], in), o, column, j, x);
-            if (ones && j == 0) reinterpret_cast<T*>(memory + plan.bias_sum[l])[o] += bias[s][2 * n];
-          } else if (o < out) {
-            T* to = piece + plan.parameter[l];
-            for (int i = 0; i < 4; ++i) {
-              const int c = column + P::ColumnOf(j, i);
-              if (c < in) to[o * in + c] += x[i];
-            }
-            if (ones && j == 0) to[out * in + o] += bias[s][2 * n];
+          for (int k = 0; k < 2; ++k) {
+            const float* from = right + (k ? second_h : first_h) + n * kBlock;
+            const float two[2] = {from[0], from[4 * of_h]};
+            b[k] = P::Make(two);
           }
+          P::Multiply(sum[n], a, b);
         }
+        if (adds_beta) P::Multiply(of_ones, a, ones);
       }
-    }
-  }
-
-  // Copies what layer l takes, and σ' of that, to what is kept of the tile, or back. A thread reads what it wrote.
-  __device__ __forceinline__ void Keep(int l, bool back) const {
-    const int width = mlp.width[l];
-    char* kept = keep;
-    for (int k = 0; k < l; ++k) kept += MlpCudaKeptBytes(mlp.width[k], k, sizeof(T));
-    const auto copy = [&](int at, int bytes) {
-      auto* here = reinterpret_cast<float4*>(memory + at);
-      auto* there = reinterpret_cast<float4*>(kept);
-      for (int i = threadIdx.x; i < bytes / 16; i += kThreads) {
-        if (back) {
-          here[i] = there[i];
-        } else {
-          there[i] = here[i];
-        }
+#pragma unroll
+      for (int n = 0; n < kMany; ++n) {
+        if (first + n < in) AddFour(to + (o * in + first + n) * kMlpCudaPiece + 4 * Lane(), sum[n]);
       }
-      kept += bytes;
-    };
-    copy(plan.h[l], span * StrideOf<E>(width) * sizeof(E));
-    if (l > 0) copy(plan.slope[l - 1], span * StrideOf<T>(width) * sizeof(T));
-  }
-
-  __device__ __forceinline__ void ClearSums() const {
-    if (plan.sums_shared) {
-      for (int l = plan.lowest; l < mlp.layers; ++l) {
-        const int in = mlp.width[l], out = Padded(mlp.width[l + 1]);
-        auto* sums = reinterpret_cast<T*>(memory + plan.sum[l]);
-        for (int i = threadIdx.x; i < out * StrideOf<T>(in); i += kThreads) sums[i] = 0;
-        for (int i = threadIdx.x; i < out; i += kThreads) reinterpret_cast<T*>(memory + plan.bias_sum[l])[i] = 0;
-      }
-    } else {
-      for (int64_t i = threadIdx.x; i < plan.parameters; i += kThreads) piece[i] = 0;
-    }
-  }
-  __device__ __forceinline__ void WriteSums() const {
-    if (!plan.sums_shared) return;
-    for (int l = plan.lowest; l < mlp.layers; ++l) {
-      const int in = mlp.width[l], out = mlp.width[l + 1], padded = Padded(in);
-      T* to = piece + plan.parameter[l];
-      for (int i = threadIdx.x; i < out * padded; i += kThreads) {
-        const int o = i / padded, at = i - o * padded;
-        const int column = (at & -kPiece) + P::ColumnOf((at & (kPiece - 1)) >> 2, at & 3);
-        if (column < in) to[o * in + column] = *Numbers(plan.sum[l], in).At(o, at);
-      }
-      for (int o = threadIdx.x; o < out; o += kThreads) {
-        to[out * in + o] = reinterpret_cast<T*>(memory + plan.bias_sum[l])[o];
+      if (adds_beta && t == 0) {
+        float* const at = to + groups * in * kMlpCudaPiece + o * 2 * kBlock + g;
+        at[0] += of_ones[0], at[kBlock] += of_ones[2];
       }
     }
   }
 };
 
-template <class P, bool kDual, bool kBackward, class T = typename P::Number>
-__global__ void __launch_bounds__(kThreads, kBackward ? 1 : 2)
-    RunTiles(const __grid_constant__ Mlp<T, T> mlp, const __grid_constant__ Plan plan, T* pieces) {
-#if __CUDA_ARCH__ < 800
-  if constexpr (!std::is_same_v<P, Scalars<T>>) return;  // not launched
-#endif
+// The most threads of a block. Of the way forward, two blocks share a multiprocessor.
+template <bool kBackward>
+inline constexpr int kThreads = kBackward ? 384 : 256;
+
+template <class P, bool kBackward>
+__global__ void __launch_bounds__(kThreads<kBackward>, kBackward ? 1 : 2)
+    RunTiles(const __grid_constant__ Mlp<float, float> mlp, const __grid_constant__ Plan plan, float* pieces) {
   extern __shared__ float4 shared[];
+  char* const memory = reinterpret_cast<char*>(shared);
   const uint32_t set = blockIdx.x / plan.pieces, part = blockIdx.x - set * plan.pieces;
-  const Block<P, kDual, kBackward> block = {
-      mlp,
-      plan,
-      reinterpret_cast<char*>(shared),
-      pieces + blockIdx.x * plan.parameters,
-      reinterpret_cast<char*>(pieces) + plan.keep + blockIdx.x * plan.keep_of_block,
-      plan.rows * (kDual ? 2 : 1),
-      P::StoredAs(mlp.stored)};
-  const bool sums = kBackward && plan.parameters > 0;
-  if (sums) block.ClearSums();
+  const int64_t parameters = plan.parameter[mlp.layers];
+  float* const piece = pieces + blockIdx.x * parameters;
+  float* const sums = plan.sums_shared ? reinterpret_cast<float*>(memory + plan.sums) : piece;
+  Tile<P, kBackward> tile = {mlp, plan, memory, sums, mlp.stored};
+  for (int64_t i = threadIdx.x; i < parameters; i += blockDim.x) sums[i] = 0;
+  const int rows = plan.warps * kRows / (plan.dual ? 2 : 1);
   const int64_t begin = plan.tiles * part / plan.pieces, end = plan.tiles * (part + 1) / plan.pieces;
   int64_t loaded = -1;
 #pragma unroll 1
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const uint32_t s = static_cast<uint32_t>(tile / plan.tiles_of_entry);
-    const int64_t first = (tile - s * plan.tiles_of_entry) * plan.rows, b = Join(plan.split, set, s);
-    const int rows = static_cast<int>(min(int64_t{plan.rows}, mlp.N - first));
-    if (plan.resident && (loaded < 0 || (plan.weights_vary && loaded != b))) {
-      for (int l = 0; l < mlp.layers; ++l) block.LoadLayer(l, b);
-      loaded = b;
-    }
-    block.LoadTile(b, first, rows);
-    __syncthreads();
-#pragma unroll 1
-    for (int l = 0; l < mlp.layers; ++l) {
-      if (kBackward && plan.kept) block.Keep(l, false);
-      if (!plan.resident) block.LoadLayer(l, b);
-      if (!plan.resident || plan.kept) __syncthreads();
-      block.Forward(l, b, first, rows);
+  for (int64_t n = begin; n < end; ++n) {
+    const uint32_t s = static_cast<uint32_t>(n / plan.tiles_of_entry);
+    tile.first = (n - s * plan.tiles_of_entry) * rows;
+    tile.b = Join(plan.split, set, s);
+    tile.rows = static_cast<int>(min(int64_t{rows}, mlp.N - tile.first));
+    if (loaded < 0 || (plan.weights_vary && loaded != tile.b)) {
       __syncthreads();
+      for (int l = 0; l < mlp.layers; ++l) tile.LoadLayer(l);
+      __syncthreads();
+      loaded = tile.b;
     }
-    if constexpr (kBackward) {
-#pragma unroll 1
-      for (int l = mlp.layers - 1; l >= plan.lowest; --l) {
-        const bool goes_on = l > plan.lowest || (l == 0 && WantsRows(mlp));
-        if (l + 1 < mlp.layers && !(plan.resident && !plan.kept)) {
-          if (plan.kept) block.Keep(l, true);
-          if (!plan.resident && goes_on) block.LoadLayer(l, b);
-          __syncthreads();
-        }
-        if (goes_on) block.Back(l, b, first, rows);
-        if (mlp.weight_bar[l] != nullptr || mlp.bias_bar[l] != nullptr) block.AddSums(l);
-        __syncthreads();
-      }
-    }
+    float x[kBlocks][4];
+    tile.Forward(x);
+    tile.Finish(x);
+    if constexpr (kBackward) tile.Back(x);
   }
-  if (sums) {
-    __syncthreads();
-    block.WriteSums();
-  }
+  if (!plan.sums_shared) return;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < parameters; i += blockDim.x) piece[i] = sums[i];
 }
 
-// Adds the blocks' sums, each thread of a warp a few of them.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    AddPieces(const __grid_constant__ Mlp<T, T> mlp, const __grid_constant__ Plan plan, const T* pieces) {
-  __shared__ T part[kWarps][kWarp + 1];
-  const int64_t i = int64_t{blockIdx.x} * kWarp + (threadIdx.x & (kWarp - 1)), set = blockIdx.y;
+// Adds the blocks' sums, each warp of a block some of them.
+constexpr int kAdders = 8;
+__global__ void __launch_bounds__(kAdders* kWarp)
+    AddPieces(const __grid_constant__ Mlp<float, float> mlp, const __grid_constant__ Plan plan, const float* pieces) {
+  __shared__ float part[kAdders][kWarp + 1];
+  const int64_t parameters = plan.parameter[mlp.layers];
+  const int64_t i = int64_t{blockIdx.x} * kWarp + Lane(), set = blockIdx.y;
   const int w = threadIdx.x / kWarp;
-  T sum = 0;
-  if (i < plan.parameters) {
-#pragma unroll 4
-    for (int n = w; n < plan.pieces; n += kWarps) sum += pieces[(set * plan.pieces + n) * plan.parameters + i];
+  float sum = 0;
+  if (i < parameters) {
+#pragma unroll 8
+    for (int n = w; n < plan.pieces; n += kAdders) sum += pieces[(set * plan.pieces + n) * parameters + i];
   }
-  part[w][threadIdx.x & (kWarp - 1)] = sum;
+  part[w][Lane()] = sum;
   __syncthreads();
-  if (w > 0 || i >= plan.parameters) return;
-  for (int n = 1; n < kWarps; ++n) sum += part[n][threadIdx.x];
+  if (w > 0 || i >= parameters) return;
+  for (int n = 1; n < kAdders; ++n) sum += part[n][threadIdx.x];
   int l = 0;
-  while (l + 1 < mlp.layers && i >= plan.parameter[l + 1]) ++l;
-  const int64_t of_weight = int64_t{mlp.width[l]} * mlp.width[l + 1], at = i - plan.parameter[l];
-  if (at < of_weight) {
-    if (mlp.weight_bar[l] != nullptr) {
-      StoreTo(sum, Advance(mlp.weight_bar[l], set * of_weight, mlp.stored), static_cast<int>(at), mlp.stored);
-    }
-  } else if (mlp.bias_bar[l] != nullptr) {
-    StoreTo(sum, Advance(mlp.bias_bar[l], set * mlp.width[l + 1], mlp.stored), static_cast<int>(at - of_weight),
-            mlp.stored);
+  while (i >= plan.parameter[l + 1]) ++l;
+  const int in = mlp.width[l], out = mlp.width[l + 1], blocks = BlocksOf(in), groups = (BlocksOf(out) + 1) / 2;
+  const int at = static_cast<int>(i - plan.parameter[l]), block = at / kMlpCudaPiece, entry = at % kMlpCudaPiece;
+  if (block < groups * blocks) {
+    const int o = block / blocks * 2 * kBlock + entry / 16 + (entry & 2) / 2 * kBlock;
+    const int c = block % blocks * kBlock + entry / 4 % 4 * 2 + (entry & 1);
+    if (mlp.weight_bar[l] == nullptr || o >= out || c >= in) return;
+    StoreTo(sum, Advance(mlp.weight_bar[l], set * out * in, mlp.stored), o * in + c, mlp.stored);
+  } else {
+    const int o = at - groups * blocks * kMlpCudaPiece;
+    if (mlp.bias_bar[l] == nullptr || o >= out) return;
+    StoreTo(sum, Advance(mlp.bias_bar[l], set * out, mlp.stored), o, mlp.stored);
   }
 }
 
 // ---- Launches.
 
 // Lays out shared memory.
-template <class P, bool kDual, bool kBackward, class T = typename P::Number>
-void LayOut(const Mlp<T, T>& mlp, Plan& plan) {
-  using E = typename P::Element;
-  const int L = mlp.layers, span = plan.rows * (kDual ? 2 : 1);
-  const auto padded = [&](int l) { return static_cast<int>(CeilDiv(mlp.width[l], kPiece) * kPiece); };
+void LayOut(const Mlp<float, float>& mlp, bool backward, Plan& plan) {
+  const int L = mlp.layers;
   int64_t bytes = 0;
-  const auto take = [&](int64_t size) {
+  const auto take = [&](int64_t numbers) {
     const int64_t at = bytes;
-    bytes += CeilDiv(size, 128) * 128;
-    return static_cast<int>(at);
+    bytes += CeilDiv(numbers * int64_t{sizeof(float)}, 16) * 16;
+    return static_cast<int>(Min(at, int64_t{1} << 30));
   };
-  const auto elements = [&](int64_t rows, int width) { return take(rows * StrideOf<E>(width) * sizeof(E)); };
-  const auto numbers = [&](int64_t rows, int width) { return take(rows * StrideOf<T>(width) * sizeof(T)); };
-  int widest = 0;
-  for (int l = 0; l <= L; ++l) widest = std::max(widest, mlp.width[l]);
-  int64_t most = 0;
+  // Places first: sums read some columns behind the last row of one, for what nobody reads.
+  const auto place = [&](int l) { plan.place[l] = take(int64_t{plan.warps} * kRows * StrideOf(mlp.width[l])); };
+  for (int l = 1; backward && l <= L; ++l) place(l);
+  if (backward) {
+    // That of x is wanted when nothing but the first layer's is any more.
+    const int64_t end = bytes;
+    if (L > 1) bytes = plan.place[2];
+    place(0);
+    bytes = Max(bytes, end);
+  }
   for (int l = 0; l < L; ++l) {
-    const int64_t start = bytes;
-    plan.weight[l] = elements(padded(l + 1), mlp.width[l]);
-    if (mlp.weight[l].tangent.data != nullptr) plan.weight_tangent[l] = elements(padded(l + 1), mlp.width[l]);
-    plan.bias[l] = take(padded(l + 1) * sizeof(T));
-    if (kDual) plan.bias_tangent[l] = take(padded(l + 1) * sizeof(T));
-    if (!plan.resident) {  // each in the same place
-      most = Max(most, bytes - start);
-      bytes = start;
-    }
+    const int64_t numbers = int64_t{BlocksOf(mlp.width[l])} * BlocksOf(mlp.width[l + 1]) * kBlock * kBlock;
+    plan.weight[l] = take(numbers);
+    if (mlp.weight[l].tangent.data != nullptr) plan.weight_tangent[l] = take(numbers);
+    plan.bias[l] = take(BlocksOf(mlp.width[l + 1]) * kBlock);
+    if (plan.dual) plan.bias_tangent[l] = take(BlocksOf(mlp.width[l + 1]) * kBlock);
   }
-  bytes += most;
-  if (kBackward) {
-    for (int& delta : plan.delta) delta = elements(span, widest);
-  }
-  if (kBackward && !plan.kept) {
-    for (int l = 0; l < L; ++l) plan.h[l] = elements(span, mlp.width[l]);
-    for (int l = 0; l + 1 < L; ++l) plan.slope[l] = numbers(span, mlp.width[l + 1]);
-  } else {
-    int widths[2] = {};
-    for (int l = 0; l < L; ++l) widths[l & 1] = std::max(widths[l & 1], mlp.width[l]);
-    const int at[2] = {elements(span, widths[0]), elements(span, widths[1])};
-    for (int l = 0; l < L; ++l) plan.h[l] = at[l & 1];
-    if (kBackward) {
-      const int slope = numbers(span, widest);
-      for (int l = 0; l + 1 < L; ++l) plan.slope[l] = slope;
-    }
-  }
-  if (plan.sums_shared) {
-    for (int l = plan.lowest; l < L; ++l) {
-      plan.sum[l] = numbers(padded(l + 1), mlp.width[l]);
-      plan.bias_sum[l] = take(padded(l + 1) * sizeof(T));
-    }
-  }
+  if (plan.sums_shared) plan.sums = take(plan.parameter[L]);
+  if (backward) take(3 * kBlock);  // so that it is not behind the end
   plan.bytes = static_cast<int>(Min(bytes, int64_t{1} << 30));
 }
 
 // The first of layouts that fits.
-template <class P, bool kDual, bool kBackward, class T = typename P::Number>
-bool Fit(const Mlp<T, T>& mlp, bool sums, int shared, Plan& plan) {
-  const auto fits = [&](int span, bool resident, bool sums_shared, bool kept) {
-    plan.resident = resident, plan.sums_shared = sums && sums_shared, plan.kept = kept;
-    plan.rows = kDual ? span / 2 : span;
-    LayOut<P, kDual, kBackward>(mlp, plan);
-    return plan.bytes <= shared;
-  };
-  for (int span : {kBackward ? 64 : 128, 64, 32}) {
-    for (bool resident : {true, false}) {
-      if (fits(span, resident, true, false) || fits(span, resident, false, false)) return true;
+bool Fit(const Mlp<float, float>& mlp, bool backward, int most_warps, int shared, Plan& plan) {
+  const bool sums = plan.parameter[mlp.layers] > 0;
+  for (plan.warps = most_warps; plan.warps > 0; plan.warps /= 2) {
+    for (const bool sums_shared : {true, false}) {
+      plan.sums_shared = sums && sums_shared;
+      LayOut(mlp, backward, plan);
+      if (plan.bytes <= shared) return true;
     }
   }
-  if (!kBackward || MlpCudaKeptBytes(mlp.width, mlp.layers, sizeof(T)) == 0) return false;
-  return fits(kMlpCudaKeptRows, false, false, true);
+  return false;
 }
 
-template <class P, bool kDual, bool kBackward, class T = typename P::Number>
-cudaError_t Launch(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multiprocessors, int shared,
+void CountSums(const Mlp<float, float>& mlp, Plan& plan) {
+  for (int l = 0; l < mlp.layers; ++l) {
+    plan.parameter[l + 1] = plan.parameter[l] + MlpCudaSumCount(mlp.width[l], mlp.width[l + 1]);
+  }
+}
+
+template <class P, bool kBackward>
+cudaError_t Launch(const Mlp<float, float>& mlp, float* scratch, int64_t bytes, int multiprocessors, int shared,
                    cudaStream_t stream) {
   Plan plan = {};
+  plan.dual = HasTangents(mlp);
   const bool sums = kBackward && WantsSums(mlp);
   Batch kept = mlp.sum_batch;
   if (!sums) {
@@ -1096,19 +846,14 @@ cudaError_t Launch(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multipro
   plan.split = Split(mlp.batch, kept);
   const int64_t entries = Count(mlp.batch), sets = Count(kept);
   for (int l = 0; l < mlp.layers; ++l) {
-    for (const Input<T>& input : {mlp.weight[l], mlp.bias[l]}) {
+    for (const Input<float>& input : {mlp.weight[l], mlp.bias[l]}) {
       for (int a = 0; a < mlp.batch.ndim; ++a) {
         plan.weights_vary |= input.value.data != nullptr && input.value.stride[a] != 0;
         plan.weights_vary |= input.tangent.data != nullptr && input.tangent.stride[a] != 0;
       }
     }
   }
-  if (sums) {
-    for (int l = 0; l < mlp.layers; ++l) {
-      plan.parameter[l] = plan.parameters;
-      plan.parameters += int64_t{mlp.width[l + 1]} * (mlp.width[l] + 1);
-    }
-  }
+  if (sums) CountSums(mlp, plan);
   if (kBackward && !WantsRows(mlp)) {
     while (plan.lowest + 1 < mlp.layers && mlp.weight_bar[plan.lowest] == nullptr &&
            mlp.bias_bar[plan.lowest] == nullptr) {
@@ -1117,42 +862,33 @@ cudaError_t Launch(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multipro
   }
   if (sets == 0 || ((entries == 0 || mlp.N == 0) && !sums)) return cudaSuccess;
 
-  if (!Fit<P, kDual, kBackward>(mlp, sums, shared, plan)) return cudaErrorInvalidConfiguration;
-  const auto kernel = RunTiles<P, kDual, kBackward>;
+  // Few rows are dealt out to many small blocks.
+  const auto rows_of = [&](int warps) { return warps * kRows / (plan.dual ? 2 : 1); };
+  int warps = kThreads<kBackward> / kWarp;
+  while (warps > 4 && entries * CeilDiv(mlp.N, rows_of(warps)) < multiprocessors) warps /= 2;
+  if (!Fit(mlp, kBackward, warps, shared, plan)) return cudaErrorInvalidConfiguration;
+  const auto kernel = RunTiles<P, kBackward>;
   if (cudaError_t error = AllowSharedMemory(kernel, plan.bytes); error != cudaSuccess) return error;
+  const int threads = plan.warps * kWarp;
   int resident_blocks = 1;
-  if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident_blocks, kernel, kThreads, plan.bytes);
+  if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident_blocks, kernel, threads, plan.bytes);
       error != cudaSuccess) {
     return error;
   }
-  plan.tiles_of_entry = CeilDiv(mlp.N, plan.rows);
+  plan.tiles_of_entry = CeilDiv(mlp.N, rows_of(plan.warps));
   plan.tiles = entries / sets * plan.tiles_of_entry;
-  const int64_t resident = int64_t{multiprocessors} * std::max(1, resident_blocks);
-  int64_t most = CeilDiv(resident, sets);
+  int64_t most = CeilDiv(int64_t{multiprocessors} * std::max(1, resident_blocks), sets);
   if (sums) most = Min(most, Max(1, kMlpCudaPieces / sets));
-  if (plan.kept) most = Min(most, Max(1, kMlpCudaKeeping / sets));
   plan.pieces = static_cast<int>(Max(1, Min(plan.tiles, most)));
   const int64_t blocks = sets * plan.pieces;
-  plan.keep = MlpCudaSumBytes(blocks, plan.parameters, sizeof(T));
-  plan.keep_of_block = plan.kept ? MlpCudaKeptBytes(mlp.width, mlp.layers, sizeof(T)) : 0;
-  if (plan.keep + blocks * plan.keep_of_block > bytes) return cudaErrorMemoryAllocation;
+  if (blocks * plan.parameter[mlp.layers] * int64_t{sizeof(float)} > bytes) return cudaErrorMemoryAllocation;
   if (cudaError_t error = CheckGrid(blocks); error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, plan.bytes, stream>>>(mlp, plan, scratch);
+  kernel<<<static_cast<unsigned>(blocks), threads, plan.bytes, stream>>>(mlp, plan, scratch);
   if (sums) {
-    const dim3 grid(static_cast<unsigned>(CeilDiv(plan.parameters, kWarp)), static_cast<unsigned>(sets));
-    AddPieces<T><<<grid, kThreads, 0, stream>>>(mlp, plan, scratch);
+    const dim3 grid(static_cast<unsigned>(CeilDiv(plan.parameter[mlp.layers], kWarp)), static_cast<unsigned>(sets));
+    AddPieces<<<grid, kAdders * kWarp, 0, stream>>>(mlp, plan, scratch);
   }
   return cudaGetLastError();
-}
-
-template <class P, class T = typename P::Number>
-cudaError_t LaunchKind(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int multiprocessors, int shared,
-                       cudaStream_t stream) {
-  const bool dual = HasTangents(mlp), backward = WantsSums(mlp) || WantsRows(mlp);
-  const auto launch = dual       ? backward ? Launch<P, true, true> : Launch<P, true, false>
-                      : backward ? Launch<P, false, true>
-                                 : Launch<P, false, false>;
-  return launch(mlp, scratch, bytes, multiprocessors, shared, stream);
 }
 
 }  // namespace
@@ -1160,53 +896,43 @@ cudaError_t LaunchKind(const Mlp<T, T>& mlp, T* scratch, int64_t bytes, int mult
 
 namespace knn {
 
-template <class T>
-cudaError_t LaunchMlp(const Mlp<T, T>& args, void* scratch, int64_t bytes, cudaStream_t stream) {
+cudaError_t LaunchMlp(const Mlp<float, float>& args, void* scratch, int64_t bytes, cudaStream_t stream) {
   using namespace KNN_ISA;
-  int device, major, multiprocessors, shared;
+  int device, multiprocessors, shared;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   if (error != cudaSuccess) return error;
-  auto launch = LaunchKind<Scalars<T>>;
-  if constexpr (sizeof(T) == 4) {
-    if (major >= 8) {
-      launch = args.stored == Stored::bfloat16               ? LaunchKind<Halves<Stored::bfloat16>>
-               : args.stored == Stored::half                 ? LaunchKind<Halves<Stored::half>>
-               : args.precision == ProductPrecision::highest ? LaunchKind<Floats<true>>
-                                                             : LaunchKind<Floats<false>>;
-    }
-  }
-  return launch(args, static_cast<T*>(scratch), bytes, multiprocessors, shared, stream);
+  const bool backward = WantsSums(args) || WantsRows(args);
+  const bool exact = args.stored == Stored::whole && args.precision == ProductPrecision::highest;
+  const auto launch = exact      ? backward ? Launch<Floats<true>, true> : Launch<Floats<true>, false>
+                      : backward ? Launch<Floats<false>, true>
+                                 : Launch<Floats<false>, false>;
+  return launch(args, static_cast<float*>(scratch), bytes, multiprocessors, shared, stream);
 }
 
 bool MlpCudaServes(const int64_t* width, int layers, int64_t bytes) {
   using namespace KNN_ISA;
-  int shared = 227 << 10;
-  if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess) cudaGetLastError();
-  // Tangents of all and gradients in all take most.
-  const auto fits = [&](auto kind) {
-    using P = decltype(kind);
-    using T = typename P::Number;
-    Mlp<T, T> mlp = {};
-    mlp.layers = layers;
-    static const T there = 0;
-    for (int l = 0; l < layers; ++l) mlp.weight[l].tangent.data = &there;
-    for (int l = 0; l <= layers; ++l) mlp.width[l] = static_cast<int>(width[l]);
-    Plan plan = {};
-    return Fit<P, true, true>(mlp, true, shared, plan);
-  };
-  for (int l = 0; l <= layers; ++l) {
-    if (width[l] > kMlpCudaMaxWidth) return false;
+  int major = 9, shared = 227 << 10;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
+      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess) {
+    cudaGetLastError();
   }
-  // Devices without matrix units keep floats of what has 16 bits.
-  return bytes == 8 ? fits(Scalars<double>()) : bytes == 4 ? fits(Floats<true>()) : fits(Halves<Stored::half>());
+  if (major < 8 || bytes == 8 || *std::max_element(width, width + layers + 1) > kMlpCudaMaxWidth) return false;
+  Mlp<float, float> mlp = {};
+  mlp.layers = layers;
+  for (int l = 0; l <= layers; ++l) mlp.width[l] = static_cast<int>(width[l]);
+  Plan plan = {};
+  plan.dual = true;
+  // With fewer warps than half of those there may be, XLA is faster.
+  constexpr int kWarps = kThreads<true> / kWarp;
+  if (!Fit(mlp, /*backward=*/true, kWarps, shared, plan) || plan.warps < kWarps / 2) return false;
+  // Tangents of all weights and gradients in all take most.
+  static const float there = 0;
+  for (int l = 0; l < layers; ++l) mlp.weight[l].tangent.data = &there;
+  return Fit(mlp, /*backward=*/true, 1, shared, plan);
 }
-
-template cudaError_t LaunchMlp<float>(const Mlp<float, float>&, void*, int64_t, cudaStream_t);
-template cudaError_t LaunchMlp<double>(const Mlp<double, double>&, void*, int64_t, cudaStream_t);
 
 }  // namespace knn

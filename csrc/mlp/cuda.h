@@ -8,8 +8,7 @@
 namespace knn {
 
 // All arrays are stored as args.stored says. Scratch: `bytes`, as MlpCudaScratchBytes has it.
-template <class T>
-cudaError_t LaunchMlp(const Mlp<T, T>& args, void* scratch, int64_t bytes, cudaStream_t stream);
+cudaError_t LaunchMlp(const Mlp<float, float>& args, void* scratch, int64_t bytes, cudaStream_t stream);
 
 // Whether shared memory of the first device has room for all that kernels do with these widths, of elements of so many
 // bytes; where there is no device, whether that of an H100 has.

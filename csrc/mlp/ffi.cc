@@ -8,10 +8,11 @@
 //               all summed over the same batch axes
 
 #include <cstring>
+#include <type_traits>
 
 #include "common/bind.h"
 #include "mlp/cpu.h"
-#ifdef KNN_MLP_CUDA
+#ifdef KNN_CUDA
 #include "mlp/cuda.h"
 #endif
 
@@ -113,32 +114,35 @@ ffi::Future Cpu(ffi::ThreadPool pool, int64_t given, int64_t want, int32_t parts
 
 XLA_FFI_DEFINE_HANDLER(kCpu, Cpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_ATTRIBUTES);
 
-#ifdef KNN_MLP_CUDA
+#ifdef KNN_CUDA
 
 ffi::Error Cuda(cudaStream_t stream, int64_t given, int64_t want, int32_t parts, int32_t layers, int32_t biases,
                 ffi::Span<const int32_t> kinds, ffi::Span<const double> parameters, int32_t precision,
                 ffi::RemainingArgs args, ffi::RemainingRets rets) {
   Reader in(args, rets, /*first_core_ndim=*/2);
   return WithTypes(in, [&](auto t, auto s) {
-    using T = decltype(t);
-    using S = decltype(s);
-    const auto read = Read<T, S>(in, given, want, {parts, layers, biases, kinds, parameters, precision});
-    const int64_t bytes = in.NextRetSize();
-    uint8_t* scratch = in.RetIf<uint8_t>(WantsSums(read) || WantsRows(read), Batch{}, {bytes});
-    return RunCuda(in, [&] { return LaunchMlp(Retyped<T>(read), scratch, bytes, stream); });
+    if constexpr (std::is_same_v<decltype(t), float>) {
+      const auto read =
+          Read<float, decltype(s)>(in, given, want, {parts, layers, biases, kinds, parameters, precision});
+      const int64_t bytes = in.NextRetSize();
+      uint8_t* scratch = in.RetIf<uint8_t>(WantsSums(read) || WantsRows(read), Batch{}, {bytes});
+      return RunCuda(in, [&] { return LaunchMlp(Retyped<float>(read), scratch, bytes, stream); });
+    } else {
+      return ffi::Error::InvalidArgument("the perceptron has no CUDA kernels for float64");
+    }
   });
 }
 
 KNN_CUDA_HANDLER(kCuda, Cuda, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_ATTRIBUTES);
 
-#endif  // KNN_MLP_CUDA
+#endif  // KNN_CUDA
 
 }  // namespace
 
 std::vector<Registration> MlpRegistrations() {
   return {
       {"cpu", "mlp", kCpu},
-#ifdef KNN_MLP_CUDA
+#ifdef KNN_CUDA
       {"cuda", "mlp", kCuda},
 #endif
   };

@@ -58,6 +58,17 @@ KNN_FN V Number(double c) {
   }
 }
 
+// −|x|, and the larger of x and 0; NaN of NaN.
+template <class V>
+KNN_FN V MinusSize(V x) {
+  return SelectLess(x, Number<V>(0), x, -x);
+}
+template <class V>
+KNN_FN V Positive(V x) {
+  const V zero = Number<V>(0);
+  return SelectLess(x, zero, zero, x);
+}
+
 // The logistic function s of z, and 1 − s, both with all their digits however large z is: with e = exp(−|z|) they are
 // 1 / (1 + e) and e / (1 + e).
 template <class V>
@@ -69,7 +80,7 @@ struct Logistic {
 template <class V>
 KNN_FN Logistic<V> LogisticOf(V z) {
   const V zero = Number<V>(0), one = Number<V>(1);
-  const V e = ExpOfNegative(SelectLess(z, zero, z, -z)), larger = one / (one + e), smaller = e * larger;
+  const V e = ExpOfNegative(MinusSize(z)), larger = one / (one + e), smaller = e * larger;
   return {SelectLess(z, zero, smaller, larger), SelectLess(z, zero, larger, smaller), Log1p(e)};
 }
 
@@ -90,12 +101,12 @@ KNN_FN Jet<V> Activate(V p, Parameter<V> parameter) {
   using K = ActivationKind;
   const V zero = Number<V>(0), one = Number<V>(1);
   if constexpr (kind == K::relu) {
-    return {SelectLess(p, zero, zero, p), SelectLess(zero, p, one, zero), zero};
+    return {Positive(p), SelectLess(zero, p, one, zero), zero};
   } else if constexpr (kind == K::leaky_relu) {
     return {SelectLess(p, zero, c * p, p), SelectLess(p, zero, c, one), zero};
   } else if constexpr (kind == K::softplus) {
     const Logistic<V> l = LogisticOf(c * p);
-    return {SelectLess(p, zero, zero, p) + l.log * parameter.inverse, l.s, c * (l.s * l.rest)};
+    return {Positive(p) + l.log * parameter.inverse, l.s, c * (l.s * l.rest)};
   } else if constexpr (kind == K::sine) {
     const V z = c * p, sin = Sin(z);
     return {sin, c * Cos(z), -c * (c * sin)};

@@ -10,7 +10,7 @@ namespace knn {
 // What lies beyond runs the reference. The widths that kernels take are up to each platform: on CPUs, XLA's matrix
 // products are as fast from 512 on, but for the second order (a 2-core AVX2 machine: forward and backward take 0.9
 // times as long at 128, 1.1 at 512 and 1.3 at 1024).
-inline constexpr int kMaxLayers = 16, kMaxParts = 4, kMlpCpuMaxWidth = 512, kMlpCudaMaxWidth = 128;
+inline constexpr int kMaxLayers = 16, kMaxParts = 4, kMlpCpuMaxWidth = 512, kMlpCudaMaxWidth = 64;
 
 // In the order of `KINDS` of ops/mlp/kernels.py.
 enum class ActivationKind : int32_t {
@@ -84,39 +84,19 @@ KNN_FN bool WantsRows(const Mlp<T, S>& a) {
   return any;
 }
 
-// Weights and biases of all layers.
-inline int64_t ParameterCount(const int64_t* width, int layers) {
-  int64_t count = 0;
-  for (int l = 0; l < layers; ++l) count += width[l + 1] * (width[l] + 1);
-  return count;
+// On CUDA a layer's sums over rows come in pieces of 16 of what it returns by 8 of what it takes, and behind them those
+// of biases; so many blocks at most share in a sum.
+inline constexpr int kMlpCudaPiece = 128, kMlpCudaPieces = 264;
+inline int64_t MlpCudaSumCount(int64_t in, int64_t out) {
+  return (out + 15) / 16 * ((in + 7) / 8 * kMlpCudaPiece + 16);
 }
-
-// Blocks that a sum is shared by on CUDA, divided by the count of sums, and no more than are resident at a time; and
-// blocks that keep layers of a tile of kMlpCudaKeptRows in scratch, where they are too large for shared memory.
-inline constexpr int kMlpCudaPieces = 264, kMlpCudaKeeping = 144, kMlpCudaKeptRows = 32;
-
-// What CUDA kernels may keep of layer l for a tile, of what it takes and of σ', with `bytes` for each number that is
-// computed with; and of all layers, or 0 if shared memory has room for these.
-KNN_FN int64_t MlpCudaKeptBytes(int64_t width, int l, int64_t bytes) {
-  return (l == 0 ? 1 : 2) * kMlpCudaKeptRows * ((width + 63) / 64 * 64) * bytes;
-}
-template <class W>
-int64_t MlpCudaKeptBytes(const W* width, int layers, int64_t bytes) {
-  int64_t kept = 0;
-  for (int l = 0; l < layers; ++l) kept += MlpCudaKeptBytes(width[l], l, bytes);
-  return kept > (int64_t{1} << 16) ? kept : 0;
-}
-
 // What CUDA kernels want to write to behind gradients, whatever N is: `sum_entries` is the count of sum_batch where
-// gradients in weights or biases are wanted, else 0. What is kept follows the sums.
-inline int64_t MlpCudaSumBytes(int64_t pieces, int64_t parameters, int64_t bytes) {
-  return (pieces * parameters * bytes + 127) / 128 * 128;
-}
+// gradients in weights or biases are wanted, else 0; `bytes` those of a number that is computed with.
 inline int64_t MlpCudaScratchBytes(const int64_t* width, int layers, int64_t bytes, int64_t sum_entries) {
-  const int64_t pieces = sum_entries > kMlpCudaPieces ? sum_entries : kMlpCudaPieces;
-  const int64_t keeping = sum_entries > kMlpCudaKeeping ? sum_entries : kMlpCudaKeeping;
-  return (sum_entries == 0 ? 0 : MlpCudaSumBytes(pieces, ParameterCount(width, layers), bytes)) +
-         keeping * MlpCudaKeptBytes(width, layers, bytes);
+  if (sum_entries == 0) return 0;
+  int64_t count = 0;
+  for (int l = 0; l < layers; ++l) count += MlpCudaSumCount(width[l], width[l + 1]);
+  return count * bytes * (sum_entries > kMlpCudaPieces ? sum_entries : kMlpCudaPieces);
 }
 
 }  // namespace knn
