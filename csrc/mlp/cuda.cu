@@ -595,7 +595,7 @@ struct Tile {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (y != nullptr && at[i] >= 0 && (!dual || i >= 2)) StoreTo(h[i], y, at[i], stored);
+        if (y != nullptr && at[i] >= 0 && (!decltype(dual)::value || i >= 2)) StoreTo(h[i], y, at[i], stored);
         if (kBackward) h[i] = at[i] >= 0 ? a[i] : 0.0f;
       }
       if (kBackward) P::Round(h);
