@@ -133,6 +133,7 @@ __device__ __forceinline__ float AddHalf(float x) { return fmaf(x, 3.522e-4f, x)
 // With kSplit float, without TF32.
 template <bool kSplit>
 struct Floats {
+  static constexpr bool kExact = kSplit;
   using Activated = Quick<kSplit>;
   template <int n>
   struct Factor {
@@ -202,11 +203,6 @@ __device__ __forceinline__ void LoadPair(const float* from, float (&x)[2]) {
 }
 __device__ __forceinline__ void StorePair(float* to, float a, float b) {
   *reinterpret_cast<float2*>(to) = make_float2(a, b);
-}
-__device__ __forceinline__ void AddFour(float* to, const float (&x)[4]) {
-  float4& at = *reinterpret_cast<float4*>(to);
-  const float4 y = at;
-  at = make_float4(y.x + x[0], y.y + x[1], y.z + x[2], y.w + x[3]);
 }
 
 // ---- Reading and writing arrays, whose elements may have 16 bits.
@@ -655,7 +651,7 @@ struct Tile {
   // ---- Sums over the rows of a tile, in pieces of 16 of what a layer returns by a block of what it takes. A warp has
   // kMany blocks next to each other: of those behind the last it reads what lies there, for nobody.
   __device__ __forceinline__ void AddSums(int l) const {
-    constexpr int kMany = 4;
+    constexpr int kMany = 4, kTurns = P::kExact ? 1 : 2;
     const int in = BlocksOf(mlp.width[l]), groups = (BlocksOf(mlp.width[l + 1]) + 1) / 2;
     const int of_beta = StrideOf(mlp.width[l + 1]), of_h = StrideOf(mlp.width[l]);
     const int shares = (in + kMany - 1) / kMany;
@@ -666,12 +662,21 @@ struct Tile {
       const bool adds_beta = biases && first == 0;
       const float* const beta = At(plan.place[l + 1]) + t * of_beta + 2 * kBlock * o + g;
       const float* const h = At(plan.place[l]) + t * of_h + kBlock * first + g;
+      // What there is already is asked for before it is wanted.
+      float4* const at = reinterpret_cast<float4*>(to + (o * in + first) * kMlpCudaPiece) + Lane();
+      float* const at_beta = to + groups * in * kMlpCudaPiece + o * 2 * kBlock + g;
+      float4 before[kMany];
+#pragma unroll
+      for (int n = 0; n < kMany; ++n) {
+        before[n] = first + n < in ? at[n * (kMlpCudaPiece / 4)] : make_float4(0, 0, 0, 0);
+      }
+      const float beta_before[2] = {adds_beta ? at_beta[0] : 0, adds_beta ? at_beta[kBlock] : 0};
       float sum[kMany][4] = {}, of_ones[4] = {};
       const float all[2] = {1.0f, 1.0f}, none[2] = {};
       const typename P::B ones[2] = {P::Make(plan.dual ? none : all), P::Make(all)};
       // Pairs of steps are of rows and, if there are any, their tangents, with which the other factor's rows go.
       const int first_h = plan.dual ? kBlock * of_h : 0, second_h = kBlock * of_h - first_h;
-#pragma unroll 1
+#pragma unroll kTurns
       for (int pair = 0; pair < plan.warps; ++pair) {
         const float* const left = beta + pair * kRows * of_beta;
         const float* const right = h + pair * kRows * of_h;
@@ -697,12 +702,11 @@ struct Tile {
       }
 #pragma unroll
       for (int n = 0; n < kMany; ++n) {
-        if (first + n < in) AddFour(to + (o * in + first + n) * kMlpCudaPiece + 4 * Lane(), sum[n]);
+        if (first + n >= in) break;
+        const float4 x = before[n];
+        at[n * (kMlpCudaPiece / 4)] = make_float4(x.x + sum[n][0], x.y + sum[n][1], x.z + sum[n][2], x.w + sum[n][3]);
       }
-      if (adds_beta && t == 0) {
-        float* const at = to + groups * in * kMlpCudaPiece + o * 2 * kBlock + g;
-        at[0] += of_ones[0], at[kBlock] += of_ones[2];
-      }
+      if (adds_beta && t == 0) at_beta[0] = beta_before[0] + of_ones[0], at_beta[kBlock] = beta_before[1] + of_ones[2];
     }
   }
 };

@@ -122,6 +122,8 @@ class Family:
         leave out. All others count as zeros then. That matters where they meet what is not finite, and holds for the
         reference as well.
       kernels: FFI paths by role ("value", "jvp", "vjp", "vjp_vjp", "vjp_jvp"), see below; any may be missing.
+      pays: ``pays(role, platform, x, wanted)``, whether a kernel is faster than the reference. Where it is not, it runs
+        only if ``implementation`` is "ffi".
 
     A kernel is ``kernel(platform, batch, x, aux, ..., results) -> list of arrays, or None`` where it cannot serve.
     ``batch`` is the full size of the batch axes, which come merged; a result of size 1 along one is summed over it.
@@ -147,6 +149,7 @@ class Family:
         items: tuple[Sequence[int], Sequence[int], Sequence[int]] = ((), (), ()),
         linear: tuple[Sequence[int], Sequence[int]] = ((), ()),
         kernels: Mapping[str, Callable[..., list[jax.Array] | None]],
+        pays: Callable[[str, str, Operands, Mask], bool] = lambda role, platform, x, wanted: True,
     ):
         self.reference = reference
         self.outputs = outputs
@@ -156,7 +159,7 @@ class Family:
             for group, ndims, of in zip(("x", "aux", "y"), (x_ndims, aux_ndims, y_ndims), items, strict=True)
         }
         self._linear_x, self._linear_y = linear
-        self._kernels = kernels
+        self._kernels, self._kernel_pays = kernels, pays
         if {"vjp", "vjp_vjp"} <= kernels.keys():
             self._kernels = {**kernels, "vjp_jvp": functools.partial(self._vjp_jvp_kernel, kernels.get("vjp_jvp"))}
         make = functools.partial(self._make, name)
@@ -342,6 +345,7 @@ class Family:
             outputs=functools.partial(self._outputs, role),
             cores=functools.partial(self._cores, role),
             kernel=functools.partial(self._run_kernel, role, kernel) if kernel else None,
+            pays=functools.partial(self._pays, role_name),
             add_batch_axis=lambda params: {**params, "masks": params["masks"].with_batch_axis()},
         )
         ad.primitive_jvps[p] = functools.partial(_reference_jvp_rule, p, reference)  # where there is no other
@@ -368,6 +372,9 @@ class Family:
             return bars
         more = self._kernels["vjp"](platform, batch, x, aux, dct, results)
         return None if more is None else [a + b for a, b in zip(bars, more, strict=True)]
+
+    def _pays(self, role_name: str, platform: str, *operands: jax.Array, masks: Masks) -> bool:
+        return self._kernel_pays(role_name, platform, operands[: len(self.x_ndims)], masks.wanted)
 
     def _run_kernel(
         self,

@@ -40,6 +40,7 @@ def make_primitive(
     outputs: Callable[..., Sequence[jax.ShapeDtypeStruct]],
     cores: Callable[..., tuple[Sequence[str], Sequence[str]]],
     kernel: Kernel | None = None,
+    pays: Callable[..., bool] = lambda platform, *operands, **params: True,
     add_batch_axis: Callable[[dict[str, Any]], dict[str, Any]] = lambda params: params,
 ) -> Primitive:
     """Makes a primitive whose operands and results all have leading batch axes of size n or 1 (see ``batch.py``).
@@ -51,6 +52,8 @@ def make_primitive(
       cores: the core axes of operands and results, ``cores(**params)``, a character each: "." for an axis that every
         device needs whole, a letter for one that may be split (see ``sharding.py``).
       kernel: the same computation through FFI calls.
+      pays: ``pays(platform, *operands, **params)``, whether the kernel is faster. Where it is not, it runs if
+        ``implementation`` is "ffi" alone.
       add_batch_axis: what ``params`` become when vmap puts one more batch axis in front.
 
     All bind parameters are static; ``implementation`` is one of them and picks the lowering.
@@ -76,7 +79,8 @@ def make_primitive(
     p.def_abstract_eval(abstract_eval)
 
     def lower(platform: str | None, *operands: jax.Array, implementation: str | None, **params: Any) -> list[jax.Array]:
-        if kernel is not None and platform is not None and implementation != "xla":
+        asked = implementation != "xla" and kernel is not None and platform is not None
+        if asked and (implementation == "ffi" or pays(platform, *operands, **params)):
             results = kernel(platform, *operands, **params)
             if results is not None:
                 return list(results)

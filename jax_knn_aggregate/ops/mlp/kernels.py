@@ -12,7 +12,7 @@ from jax import lax
 
 from ...core import ffi
 from ...core.batch import Shape, fit, known, size
-from ...core.family import ROLES, Family, Operands, Structs
+from ...core.family import ROLES, Family, Mask, Operands, Structs
 from ...core.one_target import Group, Kernel, one_target
 from .activations import Activation, LeakyReLU, Plain, Sine, Softplus, Squareplus
 from .reference import reference
@@ -24,6 +24,8 @@ KINDS = (
 )
 #: Rows of small batch entries that share all parameters are put together, so that kernels have whole tiles of them.
 FEW_ROWS = 128
+#: On CUDA, XLA is faster with fewer rows.
+MANY_ROWS = 2**15
 
 
 class Layout(NamedTuple):
@@ -86,7 +88,18 @@ def family(layout: Layout) -> Family:
         items=(parts, (), (0,)),
         linear=(range(layout.operands), (0,)),
         kernels=_kernels(layout),
+        pays=functools.partial(_pays, layout),
     )
+
+
+def _pays(layout: Layout, role: str, platform: str, x: Operands, wanted: Mask) -> bool:
+    """Where kernels are faster than XLA, as benchmarks/results/mlp-cuda.json has it."""
+    if platform != "cuda":
+        return True
+    if x[0].dtype != jnp.float32 or known(size(x[0].shape[:-1]), MANY_ROWS) < MANY_ROWS:
+        return False
+    parameters = any(wanted[layout.parts : layout.operands]) if ROLES[role].results != "y" else False
+    return not parameters or layout.activation != Plain("relu")
 
 
 def _kernels(layout: Layout) -> dict[str, Kernel]:
