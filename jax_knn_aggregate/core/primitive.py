@@ -79,9 +79,9 @@ def make_primitive(
     p.def_abstract_eval(abstract_eval)
 
     def lower(platform: str | None, *operands: jax.Array, implementation: str | None, **params: Any) -> list[jax.Array]:
-        asked = implementation != "xla" and kernel is not None and platform is not None
-        if asked and (implementation == "ffi" or pays(platform, *operands, **params)):
-            results = kernel(platform, *operands, **params)
+        if kernel is not None and platform is not None and implementation != "xla":
+            pay = implementation == "ffi" or pays(platform, *operands, **params)
+            results = kernel(platform, *operands, **params) if pay else None
             if results is not None:
                 return list(results)
         if implementation == "ffi":
