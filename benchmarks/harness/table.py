@@ -85,6 +85,42 @@ def _against_plain(suite: str, keep: Callable[[str], bool]) -> str:
     return _table(["ms (times faster than plain JAX)", *columns], rows) + _notes(runs)
 
 
+def hash_grid() -> str:
+    """A row per device and workload, with how many times longer plain JAX takes where it was measured."""
+    runs = _runs("hash_grid")
+
+    def rows() -> Iterator[list[str]]:
+        for run in runs:
+            against = run["results"]["against_plain_JAX"]
+            for name, columns in run["results"]["ms"].items():
+                faster = {c: f" ({best['times_faster']:.1f}×)" for c, best in against.get(name, {}).items()}
+                yield [f"{_device(run)}, {name}", *(_ms(t) + faster.get(c, "") for c, t in columns.items())]
+
+    columns = list(dict.fromkeys(c for run in runs for of in run["results"]["ms"].values() for c in of))
+    return _table(["ms (times faster than plain JAX)", *columns], rows()) + _notes(runs)
+
+
+def mlp() -> str:
+    """A row per device, workload and precision."""
+    runs = _runs("mlp")
+    columns = list(dict.fromkeys(c for run in runs for of in run["results"]["ms"].values() for c in of))
+
+    def rows() -> Iterator[list[str]]:
+        for run in runs:
+            for name, of in run["results"]["ms"].items():
+                against = run["results"]["against_plain_JAX"][name]
+                for precision in dict.fromkeys(p for found in against.values() for p in found):
+                    cells = [
+                        f"{_ms(of[c], f'{OURS}, {precision}')} ({against[c][precision]['times_faster']:.2f}×)"
+                        if precision in against.get(c, {})
+                        else "–"
+                        for c in columns
+                    ]
+                    yield [f"{_device(run)}, {name}", precision, *cells]
+
+    return _table(["ms (times faster than plain JAX)", "precision", *columns], rows()) + _notes(runs)
+
+
 def scale() -> str:
     """The README's: a row per device and cloud."""
     runs = _runs("scale")
@@ -263,7 +299,7 @@ def rivals() -> str:
 
 
 def sources() -> str:
-    suites = ("knn_aggregate", "distortion", "scale", "sweep", "breakdown", "crossover")
+    suites = ("knn_aggregate", "distortion", "hash_grid", "mlp", "scale", "sweep", "breakdown", "crossover")
 
     def rows() -> Iterator[list[str]]:
         for suite in suites:
@@ -283,6 +319,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{
         f.__name__: f
         for f in (
+            hash_grid,
+            mlp,
             scale,
             search,
             steps,
