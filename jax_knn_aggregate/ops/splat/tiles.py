@@ -1,0 +1,93 @@
+"""The tiles primitive: Gaussians front to back, and for each 16 × 16 tile those that may count in it.
+
+What its results hold is told in ``csrc/splat/splat.h``. They say nothing that the operands do not: the blend without
+kernels needs the order alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ...core import ffi
+from ...core.batch import Shape, batch_shape, over_batch, over_merged_batch
+from ...core.primitive import bind, make_primitive, piecewise_constant
+from .reference import TILE, depth_order
+
+Struct = jax.ShapeDtypeStruct
+#: Core axes of order, offsets, owners, slots, ends.
+NDIMS = (1, 1, 1, 1, 1)
+_TARGET = "splat_tiles"
+#: More pairs than any list holds.
+_TOO_MANY = 2**31 - 1
+
+
+class Tiles(NamedTuple):
+    """Attributes: order (P,), offsets (P + 1,), owners (capacity,), slots (capacity,), ends (tiles,), all int32."""
+
+    order: jax.Array
+    offsets: jax.Array
+    owners: jax.Array
+    slots: jax.Array
+    ends: jax.Array
+
+
+def tiles(*operands: jax.Array, width: int, height: int, capacity: int, implementation: str | None) -> Tiles:
+    """Of means2d (P, 2), conics (P, 3), opacities (P,), depths (P,) float32, reach (P, 4) int32 or nothing.
+
+    Leading axes of the arrays are batch axes of size n or 1.
+    """
+    size = {"width": width, "height": height}
+    return Tiles(*bind(_PRIMITIVE, *operands, **size, capacity=capacity, implementation=implementation))
+
+
+def tile_count(width: int, height: int) -> int:
+    return -(-width // TILE) * -(-height // TILE)
+
+
+def _ndims(operands: Sequence[Any]) -> tuple[int, ...]:
+    return (2, 2, 1, 1, 2)[: len(operands)]
+
+
+def _outputs(*avals: Any, width: int, height: int, capacity: int) -> list[Struct]:
+    batch, P = batch_shape(avals, _ndims(avals)), avals[0].shape[-2]
+    sizes = (P, P + 1, capacity, capacity, tile_count(width, height))
+    return [Struct((*batch, n), jnp.int32) for n in sizes]
+
+
+def _cores(width: int, height: int, capacity: int) -> tuple[list[str], list[str]]:
+    return ["..", "..", ".", ".", ".."], ["."] * len(NDIMS)
+
+
+def _reference(*operands: jax.Array, width: int, height: int, capacity: int) -> list[jax.Array]:
+    """The order, and lists that say of themselves that they hold too little."""
+    outputs = _outputs(*operands, width=width, height=height, capacity=capacity)
+    order = over_batch(depth_order, operands[3:4], (1,))
+    empty = [jnp.full(s.shape, _TOO_MANY, s.dtype) for s in outputs[1:]]
+    return [jnp.broadcast_to(order, outputs[0].shape), *empty]
+
+
+def _kernel(platform: str, *operands: jax.Array, width: int, height: int, capacity: int) -> list[jax.Array] | None:
+    if not ffi.available(_TARGET, platform):
+        return None
+    outputs = _outputs(*operands, width=width, height=height, capacity=capacity)
+
+    def call(operands: Sequence[jax.Array], results: list[Struct], full: Shape) -> Sequence[jax.Array]:
+        return ffi.call(_TARGET, results)(*operands)[: len(results)]
+
+    return over_merged_batch(call, operands, operands[0].ndim - 2, outputs)
+
+
+def _make() -> Any:
+    p = make_primitive(
+        _TARGET, reference=_reference, outputs=_outputs, cores=lambda **size: _cores(**size), kernel=_kernel
+    )
+    piecewise_constant(p)
+    return p
+
+
+_PRIMITIVE = _make()
