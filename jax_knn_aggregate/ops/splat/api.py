@@ -17,7 +17,7 @@ from ...core.batch import known
 from ...core.checks import Array, Implementation
 from . import harmonics, projection
 from .blend import blend
-from .projection import Camera, Components, Covariances, Ellipsoids, Screen
+from .projection import Camera, Screen
 
 Extent = Literal["exact", "3sigma"]
 
@@ -148,8 +148,9 @@ def render_gaussians(
         finite = jnp.isfinite(colors).all(-1)
         channels = jnp.where(finite[:, None], colors, 0)
     else:
-        sight = [jnp.where(drawn, a - c, 1) for a, c in zip(projection.components(means), camera.centre, strict=True)]
-        channels, finite = harmonics.colors(colors[:, : (sh_degree + 1) ** 2], _unit(sight), sh_degree)
+        sight = jnp.where(drawn[None], means.T - camera.centre, 1)
+        directions = sight / jnp.sqrt(projection.dot(sight, sight))[None]
+        channels, finite = harmonics.colors(colors[:, : (sh_degree + 1) ** 2], directions, sh_degree)
     drawn &= finite
     conic, shrunk = projection.conics(Screen(*(jnp.where(drawn, a, 1) for a in screen)))
     opacities = jnp.where(drawn, opacities, 0)
@@ -160,7 +161,7 @@ def render_gaussians(
     behind = given.get("background", jnp.zeros(C, means.dtype))
     image, alpha = blend(
         jnp.stack([screen.u, screen.v], -1),
-        jnp.stack(conic, -1),
+        conic,
         opacities,
         jnp.concatenate([channels, z[:, None]], -1),
         jnp.concatenate([behind, jnp.zeros(1, means.dtype)]),
@@ -182,17 +183,17 @@ def _see(
     def safe(a: jax.Array, instead: float) -> jax.Array:
         return a if drawn is None else jnp.where(drawn.reshape(-1, *[1] * (a.ndim - 1)), a, instead)
 
-    x, y, z = projection.to_camera(camera, projection.components(safe(given["means"], 0)))
-    position = safe(x, 0), safe(y, 0), safe(z, 1)
-    shape: Ellipsoids | Covariances
+    position = projection.to_camera(camera, safe(given["means"], 0))
+    position = position if drawn is None else jnp.where(drawn[None], position, 1)
+    shape: projection.Shape
     if "covariances" in given:
-        shape = projection.symmetric(safe(given["covariances"], 0))
+        shape = projection.covariances(safe(given["covariances"], 0))
     else:
         shape = projection.ellipsoids(safe(given["quats"], 1), safe(given["scales"], 0))
     screen = projection.project(camera, position, shape, eps2d, width, height)
     if "means2d_offset" in given:
-        du, dv = projection.components(safe(given["means2d_offset"], 0))
-        screen = screen._replace(u=screen.u + du, v=screen.v + dv)
+        offset = safe(given["means2d_offset"], 0)
+        screen = screen._replace(u=screen.u + offset[:, 0], v=screen.v + offset[:, 1])
     return screen, position[2]
 
 
@@ -214,16 +215,12 @@ def _probe(
     screen, z = see(given, camera, None)
     conic, _ = projection.conics(screen)
     drawn = usable & (z > near) & (z < far) & (screen.det != 0)
-    for a in (*screen, *conic, given["opacities"]):
+    for a in (*screen, given["opacities"]):
         drawn &= jnp.isfinite(a)
+    drawn &= jnp.isfinite(conic).all(-1)
     radii, tiles = projection.reach(screen, width, height)
     meets = (tiles[:, 0] < tiles[:, 1]) & (tiles[:, 2] < tiles[:, 3])
     return drawn, jnp.where(meets, radii, 0), jnp.where(drawn[:, None], tiles, 0)
-
-
-def _unit(a: Components) -> list[jax.Array]:
-    length = jnp.sqrt(projection.dot(a, a))
-    return [b / length for b in a]
 
 
 # Arguments.

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-
-from .projection import Components
 
 
-def colors(sh: jax.Array, direction: Components, degree: int) -> tuple[jax.Array, jax.Array]:
-    """Of coefficients (P, (degree+1)², 3) along unit vectors: max(0, ½ + Σ sh·basis), (P, 3); and which are finite.
+def colors(sh: jax.Array, directions: jax.Array, degree: int) -> tuple[jax.Array, jax.Array]:
+    """Of coefficients (P, (degree+1)², 3) along unit vectors (3, P): max(0, ½ + Σ sh·basis), (P, 3); which are finite.
 
     Coefficients that are not finite count as 0, so that where the second result is False nothing is NaN.
     """
-    x, y, z = direction
-    total, finite = jnp.full_like(sh[:, 0], 0.5), jnp.ones(sh[:, 0].shape, bool)
-    for basis, part in zip(_basis(x, y, z, degree), _split(sh), strict=True):
-        good = jnp.isfinite(part)
-        total, finite = total + basis[:, None] * jnp.where(good, part, 0), finite & good
-    finite &= jnp.isfinite(total)
+    good = jnp.isfinite(sh)
+    x, y, z = directions
+    basis = jnp.stack(_basis(x, y, z, degree), -1)
+    total = 0.5 + (basis[:, :, None] * jnp.where(good, sh, 0)).sum(1)
+    finite = good.all(1) & jnp.isfinite(total)
     return jnp.where(finite & (total > 0), total, 0), finite.all(-1)
-
-
-def _split(sh: jax.Array) -> list[jax.Array]:
-    """(P, 3) by coefficient. The transpose of a split is one concatenation, that of slices would be a sum of pads."""
-    return [part[:, 0] for part in lax.split(sh, (1,) * sh.shape[1], axis=1)]
 
 
 def _basis(x: jax.Array, y: jax.Array, z: jax.Array, degree: int) -> list[jax.Array]:

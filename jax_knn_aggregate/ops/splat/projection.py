@@ -1,13 +1,12 @@
 """Gaussians on the screen (Zwicker et al. 2001, Kerbl et al. 2023), in plain JAX, so that any derivative is JAX's own.
 
-Vectors and matrices are tuples of their components, each (P,) or (): all of it is element-wise, and one loop for XLA.
-No product is left to matrix units, which would round operands.
+Inside, arrays have their last axis over Gaussians: vectors (3, P), matrices (3, 3, P). Their products are written as
+sums of products: matrix units would round operands, and libraries are no help where matrices are three by three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,56 +14,19 @@ from jax import lax
 
 from .reference import TILE
 
-Components = Sequence[jax.Array]
-
 
 class Camera(NamedTuple):
-    """World to camera, x ↦ (rows[i]·x + shift[i])_i, and intrinsics in pixels."""
+    """World to camera, x ↦ rotation x + translation, and intrinsics in pixels."""
 
-    rows: Sequence[Components]
-    shift: Components
-    focal: Components
-    principal: Components
-    centre: Components | None  # in the world
-
-
-class Ellipsoids(NamedTuple):
-    """Covariances Σ = Σ_k scales_k² axes_k axes_kᵀ."""
-
-    axes: Sequence[Components]
-    scales: Components
-
-    def seen_along(self, a: Components, b: Components) -> tuple[jax.Array, ...]:
-        """aᵀΣa, aᵀΣb, bᵀΣb, and what their determinant is, wᵀ adj(Σ) w with w = a × b."""
-        s, w = self.scales, cross(a, b)
-        along_a, along_b, across = ([dot(v, axis) for axis in self.axes] for v in (a, b, w))
-        a, b = (tuple(s_k * d for s_k, d in zip(s, along, strict=True)) for along in (along_a, along_b))
-        w = s[1] * s[2] * across[0], s[2] * s[0] * across[1], s[0] * s[1] * across[2]
-        return dot(a, a), dot(a, b), dot(b, b), dot(w, w)
-
-
-class Covariances(NamedTuple):
-    """Symmetric matrices."""
-
-    xx: jax.Array
-    xy: jax.Array
-    xz: jax.Array
-    yy: jax.Array
-    yz: jax.Array
-    zz: jax.Array
-
-    def seen_along(self, a: Components, b: Components) -> tuple[jax.Array, ...]:
-        """As those of Ellipsoids."""
-        xx, xy, xz, yy, yz, zz = self
-        rows = (xx, xy, xz), (xy, yy, yz), (xz, yz, zz)
-        adjugate = cross(rows[1], rows[2]), cross(rows[2], rows[0]), cross(rows[0], rows[1])
-        w = cross(a, b)
-        times_a, times_b, times_w = ([dot(row, v) for row in m] for m, v in ((rows, a), (rows, b), (adjugate, w)))
-        return dot(a, times_a), dot(a, times_b), dot(b, times_b), dot(w, times_w)
+    rotation: jax.Array  # (3, 3, 1)
+    translation: jax.Array  # (3, 1)
+    focal: jax.Array  # (2, 1)
+    principal: jax.Array  # (2, 1)
+    centre: jax.Array | None  # (3, 1) in the world
 
 
 class Screen(NamedTuple):
-    """What the camera sees of each Gaussian, all (P,), in pixels."""
+    """What the camera sees of each Gaussian, in pixels, all (P,)."""
 
     u: jax.Array
     v: jax.Array
@@ -75,17 +37,53 @@ class Screen(NamedTuple):
     bare: jax.Array  # and without eps2d
 
 
-def components(a: jax.Array) -> Components:
-    """Of vectors (..., n). The transpose of a split is one concatenation, that of slices would be a sum of pads."""
-    return tuple(part[..., 0] for part in lax.split(a, (1,) * a.shape[-1], axis=a.ndim - 1))
+class Shape(Protocol):
+    def seen_along(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        """Of vectors a and b, and covariances Σ: aᵀΣa, aᵀΣb, bᵀΣb, and wᵀ adj(Σ) w with w = a × b, all (P,).
+
+        That is the determinant of the others, by Cauchy and Binet.
+        """
+        ...
 
 
-def dot(a: Components, b: Components) -> jax.Array:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+class Ellipsoids(NamedTuple):
+    """Covariances Σ_k scales_k² axes_k axes_kᵀ."""
+
+    axes: jax.Array
+    scales: jax.Array
+
+    def seen_along(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        s, w = self.scales, cross(a, b)
+        a, b = s * times(self.axes, a), s * times(self.axes, b)
+        w = jnp.roll(s, -1, axis=0) * jnp.roll(s, 1, axis=0) * times(self.axes, w)
+        return dot(a, a), dot(a, b), dot(b, b), dot(w, w)
 
 
-def cross(a: Components, b: Components) -> Components:
-    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+class Covariances(NamedTuple):
+    """Symmetric matrices."""
+
+    matrices: jax.Array
+
+    def seen_along(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        m, w = self.matrices, cross(a, b)
+        adjugate = cross(jnp.roll(m, -1, axis=1), jnp.roll(m, 1, axis=1))  # as symmetric as they are
+        of_b = times(m, b)
+        return dot(a, times(m, a)), dot(a, of_b), dot(b, of_b), dot(w, times(adjugate, w))
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a * b).sum(0)
+
+
+def times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    return (matrix * vector[None]).sum(1)
+
+
+def cross(a: jax.Array, b: jax.Array) -> jax.Array:
+    def turned(v: jax.Array, by: int) -> jax.Array:
+        return jnp.roll(v, by, axis=0)
+
+    return turned(a, -1) * turned(b, 1) - turned(a, 1) * turned(b, -1)
 
 
 def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[Camera, jax.Array]:
@@ -94,87 +92,92 @@ def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[Camera, 
     intrinsics = jnp.stack([K[0, 0], K[1, 1], K[0, 2], K[1, 2]])
     usable = jnp.isfinite(counts).all() & jnp.isfinite(intrinsics).all() & (intrinsics[:2] != 0).all()
     if directions:
-        usable &= jnp.isfinite(jnp.stack(_centre(lax.stop_gradient(viewmat)))).all()
+        usable &= jnp.isfinite(_centre(lax.stop_gradient(viewmat))).all()
     # Another one in its place, which will show nothing: no derivative may meet NaN.
-    fx, fy, cx, cy = components(jnp.where(usable, intrinsics, 1))
     viewmat = jnp.where(usable, viewmat, jnp.eye(4, dtype=viewmat.dtype))
-    rows = [components(row) for row in viewmat[:3]]
-    centre = _centre(viewmat) if directions else None
-    return Camera(tuple(r[:3] for r in rows), tuple(r[3] for r in rows), (fx, fy), (cx, cy), centre), usable
+    intrinsics = jnp.where(usable, intrinsics, 1)[:, None]
+    centre = _centre(viewmat)[:, None] if directions else None
+    viewmat = viewmat[..., None]
+    return Camera(viewmat[:3, :3], viewmat[:3, 3], intrinsics[:2], intrinsics[2:], centre), usable
 
 
-def _centre(viewmat: jax.Array) -> Components:
+def _centre(viewmat: jax.Array) -> jax.Array:
     """inv(viewmat)[:3, 3]. Of ((A, b), (c, d)) that is −A⁻¹b / (d − c·A⁻¹b), a function of the last row as well."""
-    (*r0, b0), (*r1, b1), (*r2, b2), (*c, d) = (components(row) for row in viewmat)
-    columns = cross(r1, r2), cross(r2, r0), cross(r0, r1)  # of the adjugate
-    det = dot(r0, columns[0])
-    x = [dot((b0, b1, b2), row) / det for row in zip(*columns, strict=True)]
-    return tuple(-a / (d - dot(c, x)) for a in x)
+    x = times(_inverse(viewmat[:3, :3]), viewmat[:3, 3])
+    return -x / (viewmat[3, 3] - dot(viewmat[3, :3], x))
+
+
+@jax.custom_jvp
+def _inverse(A: jax.Array) -> jax.Array:
+    """Of a matrix (3, 3). That of jnp.linalg would take a GPU longer than all the rest here."""
+    adjugate = cross(jnp.roll(A, -1, axis=0).T, jnp.roll(A, 1, axis=0).T)
+    return adjugate / dot(A[0], adjugate[:, 0])
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """d(A⁻¹) = −A⁻¹ dA A⁻¹, with an inverse that is differentiated likewise: right in every order."""
+    inverse = _inverse(*primals)
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return (a[:, :, None] * b[None]).sum(1)
+
+    return inverse, -product(product(inverse, tangents[0]), inverse)
 
 
 def ellipsoids(quats: jax.Array, scales: jax.Array) -> Ellipsoids:
-    """The columns of R(q / |q|), and scales. NaN for a quaternion of zeros."""
-    # R is that of any multiple, so a constant one may keep squares in range.
-    w, x, y, z = components(quats / lax.stop_gradient(jnp.abs(quats).max(-1, keepdims=True)))
-    s = 2 / (w * w + x * x + y * y + z * z)
-    axes = (
-        (1 - s * (y * y + z * z), s * (x * y + w * z), s * (x * z - w * y)),
-        (s * (x * y - w * z), 1 - s * (x * x + z * z), s * (y * z + w * x)),
-        (s * (x * z + w * y), s * (y * z - w * x), 1 - s * (x * x + y * y)),
+    """Of quaternions (P, 4), of any length but 0, which makes NaN, and scales (P, 3)."""
+    # The rotation is that of any multiple, so a constant one may keep squares in range.
+    q = (quats / lax.stop_gradient(jnp.abs(quats).max(-1, keepdims=True))).T
+    w, x, y, z = q
+    s = 2 / dot(q, q)
+    axes = (  # the columns of the rotation
+        *(1 - s * (y * y + z * z), s * (x * y + w * z), s * (x * z - w * y)),
+        *(s * (x * y - w * z), 1 - s * (x * x + z * z), s * (y * z + w * x)),
+        *(s * (x * z + w * y), s * (y * z - w * x), 1 - s * (x * x + y * y)),
     )
-    return Ellipsoids(axes, components(scales))
+    return Ellipsoids(jnp.stack(axes).reshape(3, 3, -1), scales.T)
 
 
-def symmetric(covariances: jax.Array) -> Covariances:
-    """(Σ + Σᵀ)/2."""
-    xx, xy, xz, yx, yy, yz, zx, zy, zz = components(covariances.reshape(-1, 9))
-    return Covariances(xx, (xy + yx) / 2, (xz + zx) / 2, yy, (yz + zy) / 2, zz)
+def covariances(matrices: jax.Array) -> Covariances:
+    """The symmetric part of matrices (P, 3, 3)."""
+    m = matrices.transpose(1, 2, 0)
+    return Covariances((m + m.swapaxes(0, 1)) / 2)
 
 
-def to_camera(camera: Camera, means: Components) -> Components:
-    return [dot(row, means) + s for row, s in zip(camera.rows, camera.shift, strict=True)]
+def to_camera(camera: Camera, means: jax.Array) -> jax.Array:
+    """Of means (P, 3)."""
+    return times(camera.rotation, means.T) + camera.translation
 
 
-def project(
-    camera: Camera,
-    position: Components,
-    shape: Ellipsoids | Covariances,
-    eps2d: float,
-    width: int,
-    height: int,
-) -> Screen:
+def project(camera: Camera, position: jax.Array, shape: Shape, eps2d: float, width: int, height: int) -> Screen:
     """Of Gaussians at ``position`` in the camera's frame.
 
     With W the camera's rotation and J the derivative of the projection, M = J W has rows (f/z)(W_0 − x̂ W_2) and
     (f/z)(W_1 − ŷ W_2), where x̂ = x/z and ŷ = y/z are limited to 1.3 times half the field of view. The covariance on the
-    screen is M Σ Mᵀ + eps2d. By Cauchy and Binet, det(M Σ Mᵀ) = wᵀ adj(Σ) w with w = M_0 × M_1: a sum of squares, to
-    whose last digits it is right, where xx·yy − xy² would lose as many as the ellipse is long.
+    screen is M Σ Mᵀ + eps2d. The determinant of M Σ Mᵀ is a sum of squares, to whose last digits it is right, where
+    xx·yy − xy² would lose as many as the ellipse is long.
     """
-    (fx, fy), (cx, cy) = camera.focal, camera.principal
-    x, y, z = position
-    tx, ty = x / z, y / z
-    u, v = fx * tx + cx, fy * ty + cy
-    right, down, forward = camera.rows
-    tx, ty = _limited(tx, 1.3 * width / (2 * fx)), _limited(ty, 1.3 * height / (2 * fy))
-    k0 = tuple(r - tx * f for r, f in zip(right, forward, strict=True))
-    k1 = tuple(d - ty * f for d, f in zip(down, forward, strict=True))
-    sx, sy = fx / z, fy / z
-    xx, xy, yy, bare = shape.seen_along(k0, k1)
+    z = position[2]
+    slopes = position[:2] / z[None]
+    u, v = camera.focal * slopes + camera.principal
+    most = 1.3 / 2 * jnp.array([[width], [height]], z.dtype) / camera.focal
+    slopes = jnp.where(slopes > most, most, jnp.where(slopes < -most, -most, slopes))
+    right, down, forward = camera.rotation
+    xx, xy, yy, bare = shape.seen_along(right - slopes[:1] * forward, down - slopes[1:] * forward)
+    sx, sy = camera.focal / z[None]
     xx, xy, yy, bare = sx * sx * xx, sx * sy * xy, sy * sy * yy, sx * sy * (sx * sy * bare)
     det = bare + eps2d * (xx + yy) + eps2d * eps2d
     return Screen(u, v, xx + eps2d, xy, yy + eps2d, det, bare)
 
 
-def _limited(t: jax.Array, limit: jax.Array) -> jax.Array:
-    return jnp.where(t > limit, limit, jnp.where(t < -limit, -limit, t))
-
-
-def conics(screen: Screen) -> tuple[Components, jax.Array]:
-    """The inverse of the covariance, (xx, xy, yy), and what eps2d leaves of its determinant: det without / det."""
+def conics(screen: Screen) -> tuple[jax.Array, jax.Array]:
+    """The inverse of the covariance, (P, 3), and what eps2d leaves of its determinant: det without / det."""
     # A constant factor, so that 1/det² is in range where 1/det is.
     n = lax.stop_gradient(jnp.maximum(jnp.abs(screen.xx), jnp.abs(screen.yy)))
-    xx, xy, yy, det, bare = screen.xx / n, screen.xy / n, screen.yy / n, screen.det / n / n, screen.bare / n / n
-    return (yy / det / n, -xy / det / n, xx / det / n), bare / det
+    det = screen.det / n / n
+    adjugate = jnp.stack([screen.yy, -screen.xy, screen.xx], -1)
+    return adjugate / (n * det * n)[:, None], screen.bare / n / n / det
 
 
 def reach(screen: Screen, width: int, height: int) -> tuple[jax.Array, jax.Array]:
