@@ -32,6 +32,7 @@ std::vector<Registration> InvertRegistrations();
 std::vector<Registration> DistortionRegistrations();
 std::vector<Registration> HashGridRegistrations();
 std::vector<Registration> MlpRegistrations();
+std::vector<Registration> SplatRegistrations();
 
 }  // namespace knn
 
@@ -41,7 +42,7 @@ nb::dict Registrations() {
   nb::dict platforms;
   for (const auto& list : {knn::IndexRegistrations(), knn::SearchRegistrations(), knn::AggregateRegistrations(),
                            knn::InvertRegistrations(), knn::DistortionRegistrations(), knn::HashGridRegistrations(),
-                           knn::MlpRegistrations()}) {
+                           knn::MlpRegistrations(), knn::SplatRegistrations()}) {
     for (const knn::Registration& r : list) {
       if (!platforms.contains(r.platform)) platforms[r.platform] = nb::dict();
       nb::borrow<nb::dict>(platforms[r.platform])[r.name] = nb::capsule(reinterpret_cast<void*>(r.handler));

@@ -6,12 +6,12 @@ kernels needs the order alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ...core import ffi
 from ...core.batch import Shape, batch_shape, over_batch, over_merged_batch
@@ -77,7 +77,8 @@ def _kernel(platform: str, *operands: jax.Array, width: int, height: int, capaci
     outputs = _outputs(*operands, width=width, height=height, capacity=capacity)
 
     def call(operands: Sequence[jax.Array], results: list[Struct], full: Shape) -> Sequence[jax.Array]:
-        return ffi.call(_TARGET, results)(*operands)[: len(results)]
+        attributes = {"width": np.int32(width), "height": np.int32(height), "reach": np.int32(len(operands) > 4)}
+        return ffi.call(_TARGET, results)(*operands, **attributes)[: len(results)]
 
     return over_merged_batch(call, operands, operands[0].ndim - 2, outputs)
 
