@@ -254,11 +254,12 @@ class Oracle:
                 continue
             dx, dy = u[i] - X, v[i] - Y
             q = -0.5 * (c[i] / det[i] * dx * dx + a[i] / det[i] * dy * dy) + b[i] / det[i] * dx * dy
-            alpha = opacities[i] * exp(q)
-            counts = (real(q) <= 0) & (real(alpha) >= 1 / 255) & live
+            below = real(q) <= 0
+            alpha = opacities[i] * exp(where(below, q, 0.0))
+            counts = below & (real(alpha) >= 1 / 255) & live
             if extent == "3sigma":
-                inside = (X // 16 >= tiles[0][i]) & (X // 16 < tiles[1][i])
-                counts &= inside & (Y // 16 >= tiles[2][i]) & (Y // 16 < tiles[3][i])
+                x0, x1, y0, y1 = (16 * bound[i] for bound in tiles)
+                counts &= (x0 < X) & (x1 > X) & (y0 < Y) & (y1 > Y)  # centres are on no border
             self.near_threshold(real(alpha)[live], 1 / 255)
             self.near_threshold(real(alpha)[live], 0.99)
             self.saturated += int((counts & (real(alpha) > 0.99)).sum())

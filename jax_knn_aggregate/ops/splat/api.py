@@ -280,7 +280,7 @@ def _check_shapes(given: dict[str, jax.Array], sh_degree: int | None) -> None:
     if sh_degree is None:
         if colors.ndim != 2 or colors.shape[0] != P:
             hint = " With coefficients of spherical harmonics, pass sh_degree." if colors.ndim == 3 else ""
-            raise ValueError(f"colors has shape {colors.shape}, expected {(P, 'C')}.{hint}")
+            raise ValueError(f"colors has shape {colors.shape}, expected ({P}, C).{hint}")
         C = colors.shape[1]
     else:
         least = (sh_degree + 1) ** 2

@@ -173,11 +173,12 @@ def project(camera: Camera, position: jax.Array, shape: Shape, eps2d: float, wid
 
 def conics(screen: Screen) -> tuple[jax.Array, jax.Array]:
     """The inverse of the covariance, (P, 3), and what eps2d leaves of its determinant: det without / det."""
-    # A constant factor, so that 1/det² is in range where 1/det is.
-    n = lax.stop_gradient(jnp.maximum(jnp.abs(screen.xx), jnp.abs(screen.yy)))
-    det = screen.det / n / n
-    adjugate = jnp.stack([screen.yy, -screen.xy, screen.xx], -1)
-    return adjugate / (n * det * n)[:, None], screen.bare / n / n / det
+    # In units of a constant, so that 1/det² is in range where 1/det is. No division by it: XLA merges divisions.
+    largest = jnp.maximum(jnp.abs(screen.xx), jnp.abs(screen.yy))
+    unit = jnp.exp2(-jnp.floor(jnp.log2(lax.stop_gradient(largest))))
+    det, bare = screen.det * unit * unit, screen.bare * unit * unit
+    adjugate = jnp.stack([screen.yy, -screen.xy, screen.xx]) * unit[None]
+    return (adjugate / det[None] * unit[None]).T, bare / det
 
 
 def reach(screen: Screen, width: int, height: int) -> tuple[jax.Array, jax.Array]:
