@@ -16,6 +16,7 @@
 #include "knn/invert/invert.h"
 #include "knn/search/search.h"
 #include "mlp/mlp.h"
+#include "splat/splat.h"
 #ifdef KNN_MLP_CUDA
 #include "mlp/cuda.h"
 #endif
@@ -94,6 +95,7 @@ nb::dict Numbers() {
   n["cuda.piece_terms"] = knn::kPieceTerms;
   n["cuda.tile_bytes"] = knn::kTileBytes;
   n["cuda.right_sums"] = knn::kRightSums;
+  n["cuda.tiles_bytes_of_item"] = knn::kTilesBytesOfItem;
   return n;
 }
 

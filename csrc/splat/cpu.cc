@@ -91,7 +91,7 @@ struct List {
       const Footprint<T> f = Of(args, b, order[r]);
       for (int row = f.y0; row < f.y1; ++row) {
         for (int column = f.x0; column < f.x1; ++column) {
-          if (Touches(f, args.screen, column, row)) run(r, order[r], row * TileColumns(args.screen) + column);
+          if (TouchesTile(f, args.screen, column, row)) run(r, order[r], row * TileColumns(args.screen) + column);
         }
       }
     }
@@ -229,15 +229,12 @@ struct Blend {
           opacities[g]};
       const T mean[2] = {ValueOf(flat.x), ValueOf(flat.y)};
       const T conic[3] = {2 * ValueOf(flat.half_a), ValueOf(flat.b), 2 * ValueOf(flat.half_c)};
-      const Footprint<T> f = FootprintOf(args.screen, mean, conic, ValueOf(flat.opacity), nullptr);
-      packed[g] = {flat, -Precision<T>::kMost, Precision<T>::kMost};
-      if (f.empty()) continue;
-      packed[g].least_q = -f.most - T(1e-3);
+      const Footprint<T> f = Unbounded(args.screen, mean, conic, ValueOf(flat.opacity));
+      packed[g] = {flat, -f.most - T(1e-3), Precision<T>::kMost};
       if (!f.definite) continue;
-      const T determinant = Determinant(f.half_a, f.b, f.half_c), wide = 2 * (f.most + 1);
-      const T x2 = 4 * f.half_c / determinant, y2 = 4 * f.half_a / determinant;
-      const T height = Sqrt((f.most + Slack(f, Sqrt(wide * x2), Sqrt(wide * y2))) * y2) * T(1.0001);
-      packed[g].half_height = height < Precision<T>::kMost ? height : Precision<T>::kMost;
+      T width, height;
+      HalfSizes(f, width, height);
+      if (height < Precision<T>::kMost) packed[g].half_height = height;
     }
   }
 
@@ -278,7 +275,7 @@ struct Blend {
       const Footprint<T> f =
           FootprintOf(args.screen, mean, conic, ValueOf(flat.opacity), reach == nullptr ? nullptr : reach + 4 * g);
       const bool inside = f.x0 <= column && column < f.x1 && f.y0 <= row && row < f.y1;
-      return inside && Touches(f, args.screen, column, row) ? g : -1;
+      return inside && TouchesTile(f, args.screen, column, row) ? g : -1;
     }
   };
 
@@ -590,9 +587,8 @@ struct Blend {
     const int64_t pixels = int64_t{args.screen.width} * args.screen.height;
     const T* ends = At(args.through, args.batch, walk.b);
     const int32_t* lasts = At(args.last, args.batch, walk.b);
-    const Row<S, T> image_ct(args.image_ct, args.batch, walk.b), alpha_ct(args.alpha_ct, args.batch, walk.b);
-    const auto given = [](const Input<T>& a) { return a.value.data != nullptr || a.tangent.data != nullptr; };
-    const bool has_image = given(args.image_ct), has_alpha = first == 0 && given(args.alpha_ct);
+    const Cotangent<S, T> image_ct(args.image_ct, args.batch, walk.b), alpha_ct(args.alpha_ct, args.batch, walk.b);
+    const bool has_image = image_ct.given(), has_alpha = first == 0 && alpha_ct.given();
     for (int v = 0; v < kVectors; ++v) {
       S lane_ct[kBlock][V::kLanes] = {}, lane_through[V::kLanes] = {}, lane_alpha[V::kLanes] = {};
       last[v] = Bits{};

@@ -164,13 +164,60 @@ XLA_FFI_DEFINE_HANDLER(kTilesCpu, TilesCpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool
 XLA_FFI_DEFINE_HANDLER(kForwardCpu, ForwardCpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_FORWARD);
 XLA_FFI_DEFINE_HANDLER(kBackwardCpu, BackwardCpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().KNN_BACKWARD);
 
+#ifdef KNN_CUDA
+
+// Of the scratch behind all results.
+struct Scratch {
+  int64_t bytes;
+  uint8_t* data;
+  explicit Scratch(Reader& in) : bytes(in.NextRetSize()), data(in.Ret<uint8_t>(Batch{}, {bytes})) {}
+};
+
+ffi::Error TilesCuda(cudaStream_t stream, int32_t width, int32_t height, int32_t reach, ffi::RemainingArgs args,
+                     ffi::RemainingRets rets) {
+  Reader in(args, rets, /*first_core_ndim=*/2);
+  return WithType(in, [&](auto t) {
+    const auto read = ReadTiles<decltype(t)>(in, width, height, reach != 0);
+    const Scratch scratch(in);
+    return RunCuda(in, [&] { return LaunchTiles(read, scratch.data, scratch.bytes, stream); });
+  });
+}
+
+ffi::Error ForwardCuda(cudaStream_t stream, int32_t width, int32_t height, int32_t reach, int64_t given,
+                       ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader in(args, rets, /*first_core_ndim=*/2);
+  return WithType(in, [&](auto t) {
+    const auto read = ReadForward<decltype(t)>(in, given, width, height, reach != 0);
+    return RunCuda(in, [&] { return LaunchSplatForward(read, stream); });
+  });
+}
+
+ffi::Error BackwardCuda(cudaStream_t stream, int32_t width, int32_t height, int32_t reach, int64_t given, int64_t want,
+                        ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader in(args, rets, /*first_core_ndim=*/2);
+  return WithType(in, [&](auto t) {
+    const auto read = ReadBackward<decltype(t)>(in, given, want, width, height, reach != 0);
+    const Scratch scratch(in);
+    return RunCuda(in, [&] { return LaunchSplatBackward(read, scratch.data, scratch.bytes, stream); });
+  });
+}
+
+KNN_CUDA_HANDLER(kTilesCuda, TilesCuda, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_TILES);
+KNN_CUDA_HANDLER(kForwardCuda, ForwardCuda, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_FORWARD);
+KNN_CUDA_HANDLER(kBackwardCuda, BackwardCuda, ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().KNN_BACKWARD);
+
+#endif  // KNN_CUDA
+
 }  // namespace
 
 std::vector<Registration> SplatRegistrations() {
   return {
-      {"cpu", "splat_tiles", kTilesCpu},
-      {"cpu", "splat_forward", kForwardCpu},
+      {"cpu", "splat_tiles", kTilesCpu},         {"cpu", "splat_forward", kForwardCpu},
       {"cpu", "splat_backward", kBackwardCpu},
+#ifdef KNN_CUDA
+      {"cuda", "splat_tiles", kTilesCuda},       {"cuda", "splat_forward", kForwardCuda},
+      {"cuda", "splat_backward", kBackwardCuda},
+#endif
   };
 }
 

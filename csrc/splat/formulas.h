@@ -30,6 +30,27 @@ namespace knn::KNN_ISA {
 
 inline constexpr double kMostAlpha = 0.99, kLeastAlpha = 1.0 / 255, kLeastThrough = 1e-4;
 
+// A cotangent at one batch entry as N; its value or its tangent may be missing, and is zero then.
+template <class N, class T>
+class Cotangent {
+ public:
+  KNN_FN Cotangent(const Input<T>& input, const Batch& batch, int64_t b)
+      : value_(AtOrNull(input.value, batch, b)), tangent_(AtOrNull(input.tangent, batch, b)) {}
+
+  KNN_FN bool given() const { return value_ != nullptr || tangent_ != nullptr; }
+  KNN_FN N operator[](int64_t i) const {
+    const T value = value_ == nullptr ? T(0) : value_[i];
+    if constexpr (std::is_same_v<N, T>) {
+      return value;
+    } else {
+      return {value, tangent_ == nullptr ? T(0) : tangent_[i]};
+    }
+  }
+
+ private:
+  const T *value_, *tangent_;
+};
+
 // A Gaussian in the plane.
 template <class N>
 struct Flat {
@@ -98,21 +119,35 @@ KNN_FN void TileRange(T low, T high, int count, int& from, int& to) {
   to = last < count ? (last > 0 ? static_cast<int>(last) : 0) : count;
 }
 
+// Everywhere in the image.
 template <class T>
-KNN_FN Footprint<T> FootprintOf(const Screen& screen, const T* mean, const T* conic, T opacity, const int32_t* reach) {
+KNN_FN Footprint<T> Unbounded(const Screen& screen, const T* mean, const T* conic, T opacity) {
   Footprint<T> f = {mean[0], mean[1], conic[0] / 2, conic[1], conic[2] / 2, 0, false, 0, 0, 0, 0};
   const T sum = (f.x - f.x) + (f.y - f.y) + (f.half_a - f.half_a) + (f.b - f.b) + (f.half_c - f.half_c);
   if (!(opacity >= static_cast<T>(kLeastAlpha)) || sum != 0) return f;  // what is not finite covers nothing
   f.most = Log(255 * opacity);
   f.x1 = TileColumns(screen), f.y1 = TileRows(screen);
+  f.definite = f.half_a > 0 && f.half_c > 0 && Determinant(f.half_a, f.b, f.half_c) > 0;
+  return f;
+}
+
+// How far from the mean it may count along each axis, from dx² <= 2 (c / det) (−q) at any dy; infinity or NaN where
+// that overflows.
+template <class T>
+KNN_FN void HalfSizes(const Footprint<T>& f, T& x, T& y) {
   const T determinant = Determinant(f.half_a, f.b, f.half_c);
-  f.definite = f.half_a > 0 && f.half_c > 0 && determinant > 0;
+  const T x2 = 4 * f.half_c / determinant, y2 = 4 * f.half_a / determinant, wide = 2 * (f.most + 1);
+  const T most = f.most + Slack(f, Sqrt(wide * x2), Sqrt(wide * y2));
+  x = Sqrt(most * x2) * T(1.0001), y = Sqrt(most * y2) * T(1.0001);
+}
+
+template <class T>
+KNN_FN Footprint<T> FootprintOf(const Screen& screen, const T* mean, const T* conic, T opacity, const int32_t* reach) {
+  Footprint<T> f = Unbounded(screen, mean, conic, opacity);
   if (f.definite) {
-    // dx² <= 2 (c / det) (−q) at any dy.
-    const T x2 = 4 * f.half_c / determinant, y2 = 4 * f.half_a / determinant, wide = 2 * (f.most + 1);
-    const T most = f.most + Slack(f, Sqrt(wide * x2), Sqrt(wide * y2));
-    const T x = Sqrt(most * x2) * T(1.0001), y = Sqrt(most * y2) * T(1.0001);
-    if (x < Precision<T>::kMost && y < Precision<T>::kMost) {  // not where something overflows
+    T x, y;
+    HalfSizes(f, x, y);
+    if (x < Precision<T>::kMost && y < Precision<T>::kMost) {
       TileRange(f.x - x, f.x + x, TileColumns(screen), f.x0, f.x1);
       TileRange(f.y - y, f.y + y, TileRows(screen), f.y0, f.y1);
     }
@@ -132,14 +167,12 @@ KNN_FN T LeastAlong(T half_a, T b, T half_c, T s, T low, T high) {
   return Fma(s, Fma(half_a, s, b * t), half_c * t * t);
 }
 
-// Whether it may count in a tile of its rectangle.
+// Whether it may count in pixels of columns [left, right) and rows [top, bottom), none of them empty.
 template <class T>
-KNN_FN bool Touches(const Footprint<T>& f, const Screen& screen, int column, int row) {
+KNN_FN bool Touches(const Footprint<T>& f, int left, int right, int top, int bottom) {
   if (!f.definite) return true;
-  const int right = column * kTile + kTile, bottom = row * kTile + kTile;
-  const T x0 = f.x - (static_cast<T>(right < screen.width ? right : screen.width) - T(0.5));
-  const T y0 = f.y - (static_cast<T>(bottom < screen.height ? bottom : screen.height) - T(0.5));
-  const T x1 = f.x - (static_cast<T>(column * kTile) + T(0.5)), y1 = f.y - (static_cast<T>(row * kTile) + T(0.5));
+  const T x0 = f.x - (static_cast<T>(right) - T(0.5)), x1 = f.x - (static_cast<T>(left) + T(0.5));
+  const T y0 = f.y - (static_cast<T>(bottom) - T(0.5)), y1 = f.y - (static_cast<T>(top) + T(0.5));
   const bool beside = x0 > 0 || x1 < 0, above = y0 > 0 || y1 < 0;
   if (!beside && !above) return true;
   T least = Precision<T>::kMost;
@@ -150,6 +183,14 @@ KNN_FN bool Touches(const Footprint<T>& f, const Screen& screen, int column, int
   }
   const T x = Abs(x0) > Abs(x1) ? Abs(x0) : Abs(x1), y = Abs(y0) > Abs(y1) ? Abs(y0) : Abs(y1);
   return !(least > f.most + Slack(f, x, y));
+}
+
+// Whether it may count in a tile of its rectangle.
+template <class T>
+KNN_FN bool TouchesTile(const Footprint<T>& f, const Screen& screen, int column, int row) {
+  const int left = column * kTile, top = row * kTile, right = left + kTile, bottom = top + kTile;
+  return Touches(f, left, right < screen.width ? right : screen.width, top,
+                 bottom < screen.height ? bottom : screen.height);
 }
 
 }  // namespace knn::KNN_ISA

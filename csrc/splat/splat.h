@@ -10,6 +10,10 @@ namespace knn {
 // Side of the square tiles that lists are made for, and in which `reach` counts.
 inline constexpr int kTile = 16;
 
+// Scratch of the CUDA kernel that makes lists: keys twice and numbers once, of each Gaussian or pair, whichever are
+// more, and the sort's byte; and kSortBytes of knn/index/index.h, which CUB takes for histograms.
+inline constexpr int64_t kTilesBytesOfItem = 3 * 4 + 1;
+
 // The lists of a batch entry. Ranks number Gaussians front to back. A pair is a tile and a Gaussian that may count in
 // it; slots number pairs by rank, then by tile. There may be more pairs than the lists hold: then only order and
 // offsets mean anything, and who needs lists goes through all Gaussians for each tile.

@@ -19,7 +19,7 @@ from ...core.family import Family, Structs
 from ...core.ffi import bits, present
 from ...core.one_target import Group, Kernel
 from .reference import reference
-from .tiles import NDIMS
+from .tiles import NDIMS, tile_count
 
 Struct = jax.ShapeDtypeStruct
 _X_NDIMS = (2, 2, 1, 2, 1)
@@ -64,6 +64,7 @@ def _kernels(width: int, height: int, reach: bool) -> dict[str, Kernel]:
         return list(ffi.call("splat_forward", results)(*operands, given=bits(v), **attributes))
 
     def backward(
+        platform: str,
         batch: Shape,
         x: Group,
         aux: Group,
@@ -77,6 +78,8 @@ def _kernels(width: int, height: int, reach: bool) -> dict[str, Kernel]:
         """Gradients in x that ``results`` asks for, from what forward left; their derivatives where anything moves."""
         full = [Struct((*batch, *s.shape[len(batch) :]), s.dtype) for s in present(results)]
         masks = {"given": bits((*v, *ct, *v_ct)), "want": bits(results)}
+        if platform == "cuda":
+            full.append(_scratch(width, height, x, aux, results))
         call = ffi.call("splat_backward", full)
         got = call(*x, *aux, *present(v), *left, *present(ct, v_ct), **masks, **attributes)
         return [fit(a, s.shape) for a, s in zip(got, present(results), strict=False)]
@@ -88,22 +91,32 @@ def _kernels(width: int, height: int, reach: bool) -> dict[str, Kernel]:
         return _there(platform) and forward(x, aux, dx)[:2]
 
     def vjp(platform: str, batch: Shape, x: Group, aux: Group, ct: Group, x_bar: Group) -> Any:
-        return _there(platform) and backward(batch, x, aux, forward(x, aux)[2:], ct, x_bar)
+        return _there(platform) and backward(platform, batch, x, aux, forward(x, aux)[2:], ct, x_bar)
 
     def vjp_vjp(platform: str, batch: Shape, x: Group, aux: Group, ct: Group, v: Group, bars: Group) -> Any:
         if not _there(platform):
             return None
         x_bar, ct_bar = bars[: len(x)], bars[len(x) :]
         *dy, through, last = forward(x, aux, v)
-        of_x = backward(batch, x, aux, (through, last), ct, x_bar, v=v) if present(x_bar) else []
+        of_x = backward(platform, batch, x, aux, (through, last), ct, x_bar, v=v) if present(x_bar) else []
         return of_x + [fit(a, s.shape) for a, s in zip(dy, ct_bar, strict=True) if s is not None]
 
     def vjp_jvp(
         platform: str, batch: Shape, x: Group, aux: Group, ct: Group, dx: Group, dct: Group, x_bar: Group
     ) -> Any:
-        return _there(platform) and backward(batch, x, aux, forward(x, aux, dx)[2:], ct, x_bar, v=dx, v_ct=dct)
+        return _there(platform) and backward(
+            platform, batch, x, aux, forward(x, aux, dx)[2:], ct, x_bar, v=dx, v_ct=dct
+        )
 
     return {"value": value, "jvp": jvp, "vjp": vjp, "vjp_vjp": vjp_vjp, "vjp_jvp": vjp_jvp}
+
+
+def _scratch(width: int, height: int, x: Group, aux: Group, results: Group) -> Struct:
+    """As csrc/splat/cuda.h says."""
+    P, C, item, capacity = x[3].shape[-2], x[3].shape[-1], x[0].dtype.itemsize, aux[2].shape[-1]
+    row = 6 + (C if results[3] is not None else 0)
+    of_pairs = row * max(capacity * item, P * (item + 8))
+    return Struct((of_pairs + 256 + tile_count(width, height) * C * item,), jnp.uint8)
 
 
 def _there(platform: str) -> bool | None:

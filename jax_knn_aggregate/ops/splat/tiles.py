@@ -78,7 +78,11 @@ def _kernel(platform: str, *operands: jax.Array, width: int, height: int, capaci
 
     def call(operands: Sequence[jax.Array], results: list[Struct], full: Shape) -> Sequence[jax.Array]:
         attributes = {"width": np.int32(width), "height": np.int32(height), "reach": np.int32(len(operands) > 4)}
-        return ffi.call(_TARGET, results)(*operands, **attributes)[: len(results)]
+        scratch = []
+        if platform == "cuda":
+            of_items = max(operands[0].shape[-2], capacity) * ffi.number("cuda.tiles_bytes_of_item")
+            scratch = [Struct((of_items + ffi.number("cuda.sort_bytes"),), jnp.uint8)]
+        return ffi.call(_TARGET, [*results, *scratch])(*operands, **attributes)[: len(results)]
 
     return over_merged_batch(call, operands, operands[0].ndim - 2, outputs)
 
