@@ -52,9 +52,9 @@ def total(gaussians, viewmats, Ks, implementation=None):
     return jax.vmap(one, (None, 0, 0))(gaussians, viewmats, Ks).sum()
 
 
-@pytest.mark.thorough_if(implementation="xla")
+@pytest.mark.thorough_if()
 def test_vmap_over_cameras(implementation, rng):
-    """Gaussians are shared, get the summed gradient, and coefficients of their colours are not copied."""
+    """Gaussians are shared, and get the summed gradient."""
     args = scene_of(rng)
     gradient = jax.grad(functools.partial(total, implementation=implementation), (0, 1, 2))
     helpers.assert_trees_close(helpers.quick_jit(gradient)(*splat_tree(args)), of_cameras(*args), 1e-8)
@@ -114,11 +114,9 @@ def test_twice_the_same_bits(kernels, rng):
 def test_export(platforms, rng):
     gaussians, viewmats, Ks = scene_of(rng, 1)
     args = gaussians, viewmats[0], Ks[0]
-    read = helpers.through_bytes(
-        jax.grad(image_loss), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args), platforms
-    )
-    want = in_numpy(*args)
-    helpers.assert_trees_close(read.call(*args), {n: want[n] for n in gaussians}, 1e-8)
+    fn = jax.grad(image_loss, 1)  # of the pose
+    read = helpers.through_bytes(fn, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args), platforms)
+    helpers.assert_close(read.call(*args), in_numpy(*args)["viewmat"], 1e-8)
 
 
 # ---- Devices
