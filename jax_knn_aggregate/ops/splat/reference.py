@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -44,11 +45,11 @@ def reference(width: int, height: int, x: Operands, aux: Operands) -> tuple[jax.
     @jax.checkpoint
     def blend(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         place = pixels % width, pixels // width
-        start = [jnp.full(shape, n, background.dtype) for shape, n in (((block,), 1), ((block, C), 0), ((block,), 0))]
+        start = [jnp.zeros(shape, background.dtype) for shape in ((block,), (block, C), (block,))]
         (_, image, alpha), _ = lax.scan(
             lambda state, some: (_blend_chunk(place, state, *some), None), _varying_as(background, start), walked
         )
-        return image + (1 - alpha)[:, None] * background, alpha
+        return image + (1 - alpha)[:, None] * background[None], alpha
 
     image, alpha = lax.map(blend, jnp.arange(blocks * block, dtype=jnp.int32).reshape(blocks, block))
     whole = [a.reshape(blocks * block, *a.shape[2:])[: width * height] for a in (image, alpha)]
@@ -71,15 +72,31 @@ def _blend_chunk(
     channels: jax.Array,
     *reach: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """State of each pixel: transmittance as if it never stopped, image, alpha."""
+    """State of each pixel: logarithm of the transmittance as if it never stopped, image, alpha."""
     through, image, covered = state
     alpha = _alpha(place, means, conics, opacities, *reach)  # (chunk, block)
-    after = through * lax.cumprod(1 - alpha, axis=0)
-    before = jnp.concatenate([through[None], after[:-1]])
+    rest = jnp.log1p(-alpha)
+    after = through[None] + _running_sum(rest)
     # Transmittance never grows: behind the first Gaussian that would bring it under the limit, all would.
-    weights = jnp.where(after >= LEAST_TRANSMITTANCE, alpha * before, jnp.zeros_like(alpha))
+    weights = jnp.where(after >= math.log(LEAST_TRANSMITTANCE), alpha * jnp.exp(after - rest), jnp.zeros_like(alpha))
     seen = jnp.einsum("gp,gc->pc", weights, channels, precision=lax.Precision.HIGHEST)
     return after[-1], image + seen, covered + weights.sum(0)
+
+
+def _running_sum(a: jax.Array) -> jax.Array:
+    """Along axis 0, whose size is a power of two: of groups by a triangular matrix, and of what is before each group.
+
+    That is a small program with small derivatives, which lax.cumsum is not.
+    """
+    group = 2 ** (a.shape[0].bit_length() // 2)
+    groups = a.reshape(-1, group, a.shape[1])
+
+    def before(n: int, itself: bool) -> jax.Array:
+        return jnp.tri(n, k=0 if itself else -1, dtype=a.dtype)
+
+    dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    within = dot("ij,gjp->gip", before(group, True), groups)
+    return (within + dot("gh,hp->gp", before(len(groups), False), within[:, -1])[:, None]).reshape(a.shape)
 
 
 def _alpha(

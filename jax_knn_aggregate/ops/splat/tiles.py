@@ -41,43 +41,45 @@ def tiles(*operands: jax.Array, width: int, height: int, capacity: int, implemen
 
     Leading axes of the arrays are batch axes of size n or 1.
     """
-    size = {"width": width, "height": height}
-    return Tiles(*bind(_PRIMITIVE, *operands, **size, capacity=capacity, implementation=implementation))
+    static = {"width": width, "height": height, "capacity": capacity, "reach": len(operands) > 4}
+    return Tiles(*bind(_PRIMITIVE, *operands, **static, implementation=implementation))
 
 
 def tile_count(width: int, height: int) -> int:
     return -(-width // TILE) * -(-height // TILE)
 
 
-def _ndims(operands: Sequence[Any]) -> tuple[int, ...]:
-    return (2, 2, 1, 1, 2)[: len(operands)]
+def _ndims(reach: bool) -> tuple[int, ...]:
+    return (2, 2, 1, 1, 2) if reach else (2, 2, 1, 1)
 
 
-def _outputs(*avals: Any, width: int, height: int, capacity: int) -> list[Struct]:
-    batch, P = batch_shape(avals, _ndims(avals)), avals[0].shape[-2]
+def _outputs(*avals: Any, width: int, height: int, capacity: int, reach: bool) -> list[Struct]:
+    batch, P = batch_shape(avals, _ndims(reach)), avals[0].shape[-2]
     sizes = (P, P + 1, capacity, capacity, tile_count(width, height))
     return [Struct((*batch, n), jnp.int32) for n in sizes]
 
 
-def _cores(width: int, height: int, capacity: int) -> tuple[list[str], list[str]]:
-    return ["..", "..", ".", ".", ".."], ["."] * len(NDIMS)
+def _cores(*, reach: bool, **size: int) -> tuple[list[str], list[str]]:
+    return ["." * n for n in _ndims(reach)], ["." * n for n in NDIMS]
 
 
-def _reference(*operands: jax.Array, width: int, height: int, capacity: int) -> list[jax.Array]:
+def _reference(*operands: jax.Array, **static: Any) -> list[jax.Array]:
     """The order, and lists that say of themselves that they hold too little."""
-    outputs = _outputs(*operands, width=width, height=height, capacity=capacity)
+    outputs = _outputs(*operands, **static)
     order = over_batch(depth_order, operands[3:4], (1,))
     empty = [jnp.full(s.shape, _TOO_MANY, s.dtype) for s in outputs[1:]]
     return [jnp.broadcast_to(order, outputs[0].shape), *empty]
 
 
-def _kernel(platform: str, *operands: jax.Array, width: int, height: int, capacity: int) -> list[jax.Array] | None:
+def _kernel(
+    platform: str, *operands: jax.Array, width: int, height: int, capacity: int, reach: bool
+) -> list[jax.Array] | None:
     if not ffi.available(_TARGET, platform):
         return None
-    outputs = _outputs(*operands, width=width, height=height, capacity=capacity)
+    outputs = _outputs(*operands, width=width, height=height, capacity=capacity, reach=reach)
 
     def call(operands: Sequence[jax.Array], results: list[Struct], full: Shape) -> Sequence[jax.Array]:
-        attributes = {"width": np.int32(width), "height": np.int32(height), "reach": np.int32(len(operands) > 4)}
+        attributes = {"width": np.int32(width), "height": np.int32(height), "reach": np.int32(reach)}
         scratch = []
         if platform == "cuda":
             of_items = max(operands[0].shape[-2], capacity) * ffi.number("cuda.tiles_bytes_of_item")
@@ -88,9 +90,7 @@ def _kernel(platform: str, *operands: jax.Array, width: int, height: int, capaci
 
 
 def _make() -> Any:
-    p = make_primitive(
-        _TARGET, reference=_reference, outputs=_outputs, cores=lambda **size: _cores(**size), kernel=_kernel
-    )
+    p = make_primitive(_TARGET, reference=_reference, outputs=_outputs, cores=_cores, kernel=_kernel)
     piecewise_constant(p)
     return p
 
