@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from .projection import parts
+
 
 def colors(sh: jax.Array, directions: jax.Array, degree: int) -> tuple[jax.Array, jax.Array]:
     """Of coefficients (P, (degree+1)², 3) along unit vectors (3, P): max(0, ½ + Σ sh·basis), (P, 3); which are finite.
@@ -12,7 +14,7 @@ def colors(sh: jax.Array, directions: jax.Array, degree: int) -> tuple[jax.Array
     Coefficients that are not finite count as 0, so that where the second result is False nothing is NaN.
     """
     good = jnp.isfinite(sh)
-    x, y, z = directions
+    x, y, z = parts(directions)
     basis = jnp.stack(_basis(x, y, z, degree), -1)
     total = 0.5 + (basis[:, :, None] * jnp.where(good, sh, 0)).sum(1)
     finite = good.all(1) & jnp.isfinite(total)

@@ -54,8 +54,7 @@ class Ellipsoids(NamedTuple):
 
     def seen_along(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
         s, w = self.scales, cross(a, b)
-        a, b = s * times(self.axes, a), s * times(self.axes, b)
-        w = jnp.roll(s, -1, axis=0) * jnp.roll(s, 1, axis=0) * times(self.axes, w)
+        a, b, w = s * times(self.axes, a), s * times(self.axes, b), rolled(s, 1) * rolled(s, 2) * times(self.axes, w)
         return dot(a, a), dot(a, b), dot(b, b), dot(w, w)
 
 
@@ -66,7 +65,7 @@ class Covariances(NamedTuple):
 
     def seen_along(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
         m, w = self.matrices, cross(a, b)
-        adjugate = cross(jnp.roll(m, -1, axis=1), jnp.roll(m, 1, axis=1))  # as symmetric as they are
+        adjugate = cross(rolled(m, 1, axis=1), rolled(m, 2, axis=1))  # as symmetric as they are
         of_b = times(m, b)
         return dot(a, times(m, a)), dot(a, of_b), dot(b, of_b), dot(w, times(adjugate, w))
 
@@ -80,10 +79,17 @@ def times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def cross(a: jax.Array, b: jax.Array) -> jax.Array:
-    def turned(v: jax.Array, by: int) -> jax.Array:
-        return jnp.roll(v, by, axis=0)
+    return rolled(a, 1) * rolled(b, 2) - rolled(a, 2) * rolled(b, 1)
 
-    return turned(a, -1) * turned(b, 1) - turned(a, 1) * turned(b, -1)
+
+def rolled(a: jax.Array, by: int, axis: int = 0) -> jax.Array:
+    """a[by:] and then a[:by], by a split, whose transpose is one concatenation. That of slices is a sum of pads."""
+    return jnp.concatenate(lax.split(a, (by, a.shape[axis] - by), axis)[::-1], axis)
+
+
+def parts(a: jax.Array) -> list[jax.Array]:
+    """Along the first axis; likewise."""
+    return [part[0] for part in lax.split(a, (1,) * a.shape[0], 0)]
 
 
 def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[Camera, jax.Array]:
@@ -98,7 +104,8 @@ def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[Camera, 
     intrinsics = jnp.where(usable, intrinsics, 1)[:, None]
     centre = _centre(viewmat)[:, None] if directions else None
     viewmat = viewmat[..., None]
-    return Camera(viewmat[:3, :3], viewmat[:3, 3], intrinsics[:2], intrinsics[2:], centre), usable
+    rotation, translation = lax.split(viewmat[:3], (3, 1), 1)
+    return Camera(rotation, translation[:, 0], *lax.split(intrinsics, (2, 2), 0), centre), usable
 
 
 def _centre(viewmat: jax.Array) -> jax.Array:
@@ -110,7 +117,7 @@ def _centre(viewmat: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _inverse(A: jax.Array) -> jax.Array:
     """Of a matrix (3, 3). That of jnp.linalg would take a GPU longer than all the rest here."""
-    adjugate = cross(jnp.roll(A, -1, axis=0).T, jnp.roll(A, 1, axis=0).T)
+    adjugate = cross(rolled(A, 1).T, rolled(A, 2).T)
     return adjugate / dot(A[0], adjugate[:, 0])
 
 
@@ -129,7 +136,7 @@ def ellipsoids(quats: jax.Array, scales: jax.Array) -> Ellipsoids:
     """Of quaternions (P, 4), of any length but 0, which makes NaN, and scales (P, 3)."""
     # The rotation is that of any multiple, so a constant one may keep squares in range.
     q = (quats / lax.stop_gradient(jnp.abs(quats).max(-1, keepdims=True))).T
-    w, x, y, z = q
+    w, x, y, z = parts(q)
     s = 2 / dot(q, q)
     axes = (  # the columns of the rotation
         *(1 - s * (y * y + z * z), s * (x * y + w * z), s * (x * z - w * y)),
@@ -158,14 +165,15 @@ def project(camera: Camera, position: jax.Array, shape: Shape, eps2d: float, wid
     screen is M Σ Mᵀ + eps2d. The determinant of M Σ Mᵀ is a sum of squares, to whose last digits it is right, where
     xx·yy − xy² would lose as many as the ellipse is long.
     """
-    z = position[2]
-    slopes = position[:2] / z[None]
-    u, v = camera.focal * slopes + camera.principal
+    across, z = lax.split(position, (2, 1), 0)
+    slopes, magnification = across / z, camera.focal / z
+    u, v = parts(camera.focal * slopes + camera.principal)
     most = 1.3 / 2 * jnp.array([[width], [height]], z.dtype) / camera.focal
     slopes = jnp.where(slopes > most, most, jnp.where(slopes < -most, -most, slopes))
-    right, down, forward = camera.rotation
-    xx, xy, yy, bare = shape.seen_along(right - slopes[:1] * forward, down - slopes[1:] * forward)
-    sx, sy = camera.focal / z[None]
+    right, down, forward = parts(camera.rotation)
+    tx, ty = parts(slopes)
+    xx, xy, yy, bare = shape.seen_along(right - tx[None] * forward, down - ty[None] * forward)
+    sx, sy = parts(magnification)
     xx, xy, yy, bare = sx * sx * xx, sx * sy * xy, sy * sy * yy, sx * sy * (sx * sy * bare)
     det = bare + eps2d * (xx + yy) + eps2d * eps2d
     return Screen(u, v, xx + eps2d, xy, yy + eps2d, det, bare)
