@@ -158,7 +158,8 @@ __global__ void FindEnds(const __grid_constant__ Entry<T> e, const Key* keys) {
   for (int tile = before; tile < after; ++tile) e.ends[tile] = static_cast<int32_t>(i);
 }
 
-// Sorts by the lowest bits of keys, stably. What is sorted ends up in numbers.Alternate() or Current() as CUB likes.
+// Sorts by the lowest bits of keys, stably. Numbers end up where they were after an even number of passes, as 32 bits
+// take, and those of most images' tiles.
 template <class Key>
 cudaError_t Sort(cub::DoubleBuffer<Key>& keys, cub::DoubleBuffer<int32_t>& numbers, int64_t count, int bits,
                  void* scratch, int64_t bytes, cudaStream_t stream) {
@@ -180,13 +181,13 @@ cudaError_t ListPairs(const Entry<T>& e, char* scratch, int64_t bytes, cudaStrea
   const int tiles = TileCount(e.screen);
   int bits = 1;
   while (tiles >> bits != 0) ++bits;
-  auto* numbers = reinterpret_cast<int32_t*>(scratch);
-  auto* keys = reinterpret_cast<Key*>(numbers + e.capacity);
+  auto* other_slots = reinterpret_cast<int32_t*>(scratch);
+  auto* keys = reinterpret_cast<Key*>(other_slots + e.capacity);
   const int64_t used = CeilDiv(e.capacity * (4 + 2 * static_cast<int64_t>(sizeof(Key))), 256) * 256;
-  EmptyPairs<<<Blocks(e.capacity), kThreads, 0, stream>>>(e.capacity, static_cast<Key>(tiles), keys, numbers);
+  EmptyPairs<<<Blocks(e.capacity), kThreads, 0, stream>>>(e.capacity, static_cast<Key>(tiles), keys, e.slots);
   WritePairs<<<Blocks(e.P), kThreads, 0, stream>>>(e, keys);
   cub::DoubleBuffer<Key> key_buffers(keys, keys + e.capacity);
-  cub::DoubleBuffer<int32_t> number_buffers(numbers, e.slots);
+  cub::DoubleBuffer<int32_t> number_buffers(e.slots, other_slots);
   if (cudaError_t error = Sort(key_buffers, number_buffers, e.capacity, bits, scratch + used, bytes - used, stream);
       error != cudaSuccess) {
     return error;
@@ -203,11 +204,11 @@ cudaError_t ListEntry(const Entry<T>& e, char* scratch, int64_t bytes, cudaStrea
     return cudaMemsetAsync(e.ends, 0, TileCount(e.screen) * sizeof(int32_t), stream);
   }
   auto* keys = reinterpret_cast<uint32_t*>(scratch);
-  auto* numbers = reinterpret_cast<int32_t*>(keys + 2 * e.P);
+  auto* other_order = reinterpret_cast<int32_t*>(keys + 2 * e.P);
   const int64_t used = CeilDiv(3 * e.P * 4, 256) * 256;
-  DepthKeys<<<Blocks(e.P), kThreads, 0, stream>>>(e, keys, numbers);
+  DepthKeys<<<Blocks(e.P), kThreads, 0, stream>>>(e, keys, e.order);
   cub::DoubleBuffer<uint32_t> key_buffers(keys, keys + e.P);
-  cub::DoubleBuffer<int32_t> number_buffers(numbers, e.order);
+  cub::DoubleBuffer<int32_t> number_buffers(e.order, other_order);
   cudaError_t error = Sort(key_buffers, number_buffers, e.P, 32, scratch + used, bytes - used, stream);
   if (error != cudaSuccess) return error;
   if (error = Settle(number_buffers, e.order, e.P, stream); error != cudaSuccess) return error;
@@ -334,6 +335,14 @@ template <class T>
 __device__ __forceinline__ Dual<T> FastExp(Dual<T> x) {
   const T e = FastExp(x.value);
   return {e, e * x.tangent};
+}
+
+__device__ __forceinline__ float Reciprocal(float x) { return __fdividef(1, x); }
+__device__ __forceinline__ double Reciprocal(double x) { return 1 / x; }
+template <class T>
+__device__ __forceinline__ Dual<T> Reciprocal(Dual<T> x) {
+  const T r = Reciprocal(x.value);
+  return {r, -r * r * x.tangent};
 }
 
 template <class N, class T>
@@ -628,7 +637,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 3 : 1)
           touched |= 1u << bit;
           N weight = {}, q_bar = {}, q_dx = {}, q_dy = {}, dx = {}, dy = {};
           if (counts) {
-            const N rest = Constant<N>(T(1)) / (Constant<N>(T(1)) - cover.alpha), before = through * rest;
+            const N rest = Reciprocal(Constant<N>(T(1)) - cover.alpha), before = through * rest;
             weight = cover.alpha * before;
             N u = {};
 #pragma unroll
@@ -697,8 +706,10 @@ __device__ __forceinline__ bool Listed(const Splat<T>& args, int64_t b) {
 template <class T>
 __global__ void ClearSums(const __grid_constant__ Splat<T> args, int64_t b, const __grid_constant__ Left<T> left_over) {
   if (Listed(args, b)) return;
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < args.P * left_over.width) left_over.sums[i] = 0, left_over.largest[i] = 0;
+  const int64_t size = args.P * left_over.width, step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += step) {
+    left_over.sums[i] = 0, left_over.largest[i] = 0;
+  }
 }
 
 // What all tiles leave of a Gaussian: a warp has it, with as many of its pairs at a time as there are lanes for their
@@ -783,7 +794,8 @@ cudaError_t LaunchBackward(const Splat<T>& args, char* scratch, int64_t bytes, c
   int log_terms = 0;
   while (int64_t{1} << log_terms < int64_t{tiles} * CeilDiv(C, kC)) ++log_terms;
   for (int64_t b = 0; b < Count(args.batch); ++b) {
-    if (terms > 0) ClearSums<<<Blocks(terms), kThreads, 0, stream>>>(args, b, left_over);
+    ClearSums<<<static_cast<unsigned>(Max(1, Min(CeilDiv(terms, kThreads), 1024))), kThreads, 0, stream>>>(args, b,
+                                                                                                           left_over);
     for (int pass = 0; pass < 2; ++pass) {
       Backward<T, N, kC><<<tiles, kThreads, 0, stream>>>(args, b, left_over, pass, log_terms);
     }
