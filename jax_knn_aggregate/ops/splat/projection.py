@@ -105,7 +105,8 @@ def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[Camera, 
     centre = _centre(viewmat)[:, None] if directions else None
     viewmat = viewmat[..., None]
     rotation, translation = lax.split(viewmat[:3], (3, 1), 1)
-    return Camera(rotation, translation[:, 0], *lax.split(intrinsics, (2, 2), 0), centre), usable
+    focal, principal = lax.split(intrinsics, (2, 2), 0)
+    return Camera(rotation, translation[:, 0], focal, principal, centre), usable
 
 
 def _centre(viewmat: jax.Array) -> jax.Array:
