@@ -16,6 +16,7 @@
 #include "knn/invert/invert.h"
 #include "knn/search/search.h"
 #include "mlp/mlp.h"
+#include "splat/splat.h"
 #ifdef KNN_CUDA
 #include "mlp/cuda.h"
 #endif
@@ -32,6 +33,7 @@ std::vector<Registration> InvertRegistrations();
 std::vector<Registration> DistortionRegistrations();
 std::vector<Registration> HashGridRegistrations();
 std::vector<Registration> MlpRegistrations();
+std::vector<Registration> SplatRegistrations();
 
 }  // namespace knn
 
@@ -41,7 +43,7 @@ nb::dict Registrations() {
   nb::dict platforms;
   for (const auto& list : {knn::IndexRegistrations(), knn::SearchRegistrations(), knn::AggregateRegistrations(),
                            knn::InvertRegistrations(), knn::DistortionRegistrations(), knn::HashGridRegistrations(),
-                           knn::MlpRegistrations()}) {
+                           knn::MlpRegistrations(), knn::SplatRegistrations()}) {
     for (const knn::Registration& r : list) {
       if (!platforms.contains(r.platform)) platforms[r.platform] = nb::dict();
       nb::borrow<nb::dict>(platforms[r.platform])[r.name] = nb::capsule(reinterpret_cast<void*>(r.handler));
@@ -93,6 +95,7 @@ nb::dict Numbers() {
   n["cuda.piece_terms"] = knn::kPieceTerms;
   n["cuda.tile_bytes"] = knn::kTileBytes;
   n["cuda.right_sums"] = knn::kRightSums;
+  n["cuda.tiles_bytes_of_item"] = knn::kTilesBytesOfItem;
   return n;
 }
 

@@ -25,6 +25,7 @@ from .ops.knn import (
     knn_search_aniso,
 )
 from .ops.mlp import LeakyReLU, Sine, Softplus, Squareplus, mlp
+from .ops.splat import Rendering, render_gaussians
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "KnnIndex",
     "KnnSearch",
     "LeakyReLU",
+    "Rendering",
     "Sine",
     "Softplus",
     "Squareplus",
@@ -54,5 +56,6 @@ __all__ = [
     "knn_search",
     "knn_search_aniso",
     "mlp",
+    "render_gaussians",
     "tcnn",
 ]

@@ -20,6 +20,7 @@ from . import (
     knn_aggregate,
     knn_aggregate_aniso,
     mlp,
+    render_gaussians,
 )
 from .core import ffi
 
@@ -83,8 +84,15 @@ def _families() -> Iterator[tuple[str, str, Callable[..., jax.Array], tuple[np.n
         biases = bias, bias[:1]
         return mlp(x, (first, second), biases, activation="softplus", precision="highest", **options)
 
+    def seen(offset: Any, scales: Any, opacities: Any, colors: Any, **options: Any) -> jax.Array:
+        args = means, quats, scales / 5, opacities, colors, camera, K, 40, 30  # kernels see nothing of means and pose
+        r = render_gaussians(*args, means2d_offset=offset, **options)
+        return r.image.sum() + r.alpha.sum() + r.depth.sum()
+
     ids = np.sort(rng.integers(0, 40, 800))
     grid = HashGrid(dim=2, levels=8, log2_hashmap_size=8, per_level_scale=1.5, interpolation="smoothstep")
+    camera, K = np.eye(4, dtype=np.float32), np.array([[40, 0, 0], [0, 40, 0], [0, 0, 1]], np.float32)
+    means, quats = arrays((100, 3), (100, 4))
     points = (300, 3), (200, 3), (200, 16)
     yield "knn_aggregate_aniso", "aniso_value", aniso, arrays(*points, (200, 3), (200, 3, 3))
     yield "knn_aggregate", "iso_value", iso, arrays(*points, (200, 1))
@@ -92,6 +100,7 @@ def _families() -> Iterator[tuple[str, str, Callable[..., jax.Array], tuple[np.n
     yield "flatten_distortion_loss", "flat_distortion", flattened, arrays(*[(800,)] * 3)
     yield "hash_grid", "hash_grid", encoded, arrays((300, 2), (grid.rows, grid.features))
     yield "mlp", "mlp", network, arrays((300, 5), (32, 5), (1, 32), (32,))
+    yield "render_gaussians", "splat_forward", seen, arrays((100, 2), (100, 3), (100,), (100, 3))
 
 
 def _self_check(fn: Callable[..., jax.Array], x: Arrays) -> float:

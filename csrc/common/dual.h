@@ -33,6 +33,20 @@ KNN_FN Dual<T> operator*(T a, Dual<T> b) {
   return {a * b.value, a * b.tangent};
 }
 
+template <class T>
+KNN_FN Dual<T> Fma(Dual<T> a, Dual<T> b, Dual<T> c) {
+  return {Fma(a.value, b.value, c.value), Fma(a.value, b.tangent, Fma(a.tangent, b.value, c.tangent))};
+}
+template <class T>
+KNN_FN Dual<T> operator-(Dual<T> a) {
+  return {-a.value, -a.tangent};
+}
+template <class T>
+KNN_FN Dual<T> operator/(Dual<T> a, Dual<T> b) {
+  const T quotient = a.value / b.value;
+  return {quotient, (a.tangent - quotient * b.tangent) / b.value};
+}
+
 // c·x for a constant c.
 KNN_FN float Scale(double c, float x) { return static_cast<float>(c) * x; }
 KNN_FN double Scale(double c, double x) { return c * x; }
@@ -58,6 +72,15 @@ KNN_FN N Constant(T x) {
   } else {
     return {x, T(0)};
   }
+}
+
+template <class T>
+KNN_FN T ValueOf(T x) {
+  return x;
+}
+template <class T>
+KNN_FN T ValueOf(Dual<T> x) {
+  return x.value;
 }
 
 // What a kernel returns of x: the tangent if there is one.

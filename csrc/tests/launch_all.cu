@@ -17,6 +17,7 @@
 #include "knn/invert/cuda.h"
 #include "knn/search/cuda.h"
 #include "mlp/cuda.h"
+#include "splat/cuda.h"
 
 using namespace knn;
 
@@ -305,6 +306,72 @@ void ExerciseMlp(const std::vector<int>& widths, ActivationKind kind, ProductPre
   Free();
 }
 
+// A list of as many zeros as are wanted, in full batch.
+Operand<int32_t> Numbers(int64_t batch, int64_t n) {
+  return {Allocate<int32_t>(batch * n, std::vector<int32_t>(batch * n)), {n}};
+}
+
+// capacity: of the lists; where they are too short, gradients are sums of whole numbers.
+template <class T>
+void ExerciseSplat(int width, int height, int64_t P, int C, int64_t capacity, bool shared) {
+  constexpr int64_t B = 2;
+  const int64_t tiles = KNN_ISA::TileCount({width, height}), pixels = int64_t{width} * height;
+  const auto of_x = [&](bool same) {
+    std::vector<Operand<const T>> x;
+    for (int64_t n : {2 * P, 3 * P, P, P * C, int64_t{C}}) x.push_back(Random<T>(B, n, same));
+    return x;
+  };
+  auto x = of_x(shared);
+  {  // over the whole image, and positive definite
+    std::vector<T> means(B * P * 2), conics(B * P * 3);
+    for (T& m : means) m = static_cast<T>(generator() % (width + height));
+    for (size_t i = 0; i < conics.size(); ++i) conics[i] = i % 3 == 1 ? T(0.01) : T(0.02) + T(generator() % 9);
+    x[0] = {Allocate(B * P * 2, means), {P * 2}}, x[1] = {Allocate(B * P * 3, conics), {P * 3}};
+  }
+  const Operand<const float> depths = Random<float>(B, P, shared);
+  Tiles<T> list = {{1, {B}}, P, capacity, {width, height}, x[0], x[1], x[2], depths, {}, {}};
+  list.lists = {Numbers(B, P), Numbers(B, P + 1), Numbers(B, capacity), Numbers(B, capacity), Numbers(B, tiles)};
+  const int64_t list_bytes = std::max(P, capacity) * kTilesBytesOfItem + kSortBytes;
+  Check(LaunchTiles(list, Allocate<char>(list_bytes), list_bytes, nullptr), "tiles");
+
+  Splat<T> splat = {};
+  splat.batch = {1, {B}};
+  splat.P = P, splat.capacity = capacity, splat.channel_count = C, splat.screen = {width, height};
+  Input<T>* inputs[] = {&splat.means, &splat.conics, &splat.opacities, &splat.channels, &splat.background};
+  for (int i = 0; i < 5; ++i) inputs[i]->value = x[i];
+  const auto constant = [](const Operand<int32_t>& o) { return Operand<const int32_t>{o.data, {o.stride[0]}}; };
+  splat.lists = {constant(list.lists.order), constant(list.lists.offsets), constant(list.lists.owners),
+                 constant(list.lists.slots), constant(list.lists.ends)};
+  splat.image_ct.value = Random<T>(B, pixels * C, shared);
+  splat.alpha_ct.value = Random<T>(B, pixels, shared);
+  for (bool dual : {false, true}) {
+    splat.dual = dual;
+    if (dual) {
+      const auto v = of_x(shared);
+      for (int i = 0; i < 5; ++i) inputs[i]->tangent = v[i];
+      splat.image_ct.tangent = Random<T>(B, pixels * C, shared);
+    }
+    const int64_t planes = dual ? 2 : 1;
+    splat.image = Allocate<T>(B * pixels * C);
+    splat.alpha = Allocate<T>(B * pixels);
+    splat.through_out = Allocate<T>(B * planes * pixels);
+    splat.last_out = Allocate<int32_t>(B * pixels);
+    Check(LaunchSplatForward(splat, nullptr), "splat");
+    splat.through = {splat.through_out, {planes * pixels}};
+    splat.last = {splat.last_out, {pixels}};
+    splat.means_bar = Allocate<T>(B * P * 2);
+    splat.conics_bar = Allocate<T>(B * P * 3);
+    splat.opacities_bar = Allocate<T>(B * P);
+    splat.channels_bar = Allocate<T>(B * P * C);
+    splat.background_bar = Allocate<T>(B * C);
+    const int64_t item = sizeof(T), rows = std::max(capacity * item, P * (8 + item));
+    const int64_t bytes = (6 + C) * rows + 256 + tiles * C * item;
+    Check(LaunchSplatBackward(splat, Allocate<char>(bytes), bytes, nullptr), "gradients of splat");
+    Check(cudaDeviceSynchronize(), "synchronize");
+  }
+  Free();
+}
+
 }  // namespace
 
 int main() {
@@ -348,6 +415,14 @@ int main() {
       }
       ExerciseMlp(widths, kind, ProductPrecision::fast, Stored::half, 300, shared);
       ExerciseMlp(widths, kind, ProductPrecision::fast, Stored::bfloat16, 1, shared);
+    }
+  }
+  for (bool shared : {false, true}) {
+    for (int64_t capacity : {1, 20000}) {
+      ExerciseSplat<float>(50, 37, 300, 4, capacity, shared);
+      ExerciseSplat<float>(33, 16, 70, 35, capacity, shared);
+      ExerciseSplat<double>(20, 40, 70, 3, capacity, shared);
+      ExerciseSplat<double>(1, 1, 5, 18, capacity, shared);
     }
   }
   std::puts("all kernels ran");

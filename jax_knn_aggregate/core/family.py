@@ -424,7 +424,7 @@ def _pushed(
     for a, t in _pick(zip(primals, tangents, strict=True), counts):
         shape = a.shape if t is None else _common(a, t)
         wide.append(jnp.broadcast_to(a, shape))
-        dense.append(jnp.zeros(shape, a.dtype) if t is None else jnp.broadcast_to(t, shape))
+        dense.append(jnp.zeros_like(wide[-1]) if t is None else jnp.broadcast_to(t, shape))
     return list(jax.jvp(lambda *some: list(f(*_replaced(primals, counts, some))), wide, dense)[1])
 
 

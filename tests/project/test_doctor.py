@@ -12,6 +12,7 @@ from jax_knn_aggregate import doctor
 from jax_knn_aggregate.core import ffi
 
 FAMILIES = ("knn_aggregate_aniso", "knn_aggregate", "distortion_loss", "flatten_distortion_loss", "hash_grid", "mlp")
+FAMILIES += ("render_gaussians",)
 
 
 def test_command():

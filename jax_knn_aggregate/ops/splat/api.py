@@ -1,0 +1,305 @@
+"""Images of 3D Gaussians: the public function."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ...core import checks
+from ...core.batch import known
+from ...core.checks import Array, Implementation
+from . import harmonics, projection
+from .blend import blend
+from .projection import Camera, Screen
+
+Extent = Literal["exact", "3sigma"]
+
+
+class Rendering(NamedTuple):
+    """What a camera sees of Gaussians.
+
+    Attributes:
+      image: (H, W, C), colours in front of the background.
+      alpha: (H, W), 1 − transmittance behind the last Gaussian.
+      depth: (H, W), Σ weight·z, with the weights that colours have in image: divided by alpha it is their mean depth.
+      radii: (P,) int32, ⌈3 standard deviations⌉ on the screen along the ellipse's longer axis, in pixels; 0 where the
+        Gaussian is not in front of the camera or that far from the image.
+    """
+
+    image: jax.Array
+    alpha: jax.Array
+    depth: jax.Array
+    radii: jax.Array
+
+
+def render_gaussians(
+    means: Array,
+    quats: Array | None,
+    scales: Array | None,
+    opacities: Array,
+    colors: Array,
+    viewmat: Array,
+    K: Array,
+    width: int,
+    height: int,
+    *,
+    sh_degree: int | None = None,
+    background: Array | None = None,
+    covariances: Array | None = None,
+    near: float = 0.01,
+    far: float = math.inf,
+    eps2d: float = 0.3,
+    antialiased: bool = False,
+    extent: Extent = "exact",
+    means2d_offset: Array | None = None,
+    capacity: int | None = None,
+    implementation: Implementation = None,
+) -> Rendering:
+    """An image of 3D Gaussians, with its alpha and depth (Kerbl et al. 2023, "3D Gaussian splatting").
+
+    Differentiable in every float array, the camera included, to any order, in forward and reverse mode; gradients are
+    the derivatives of the formulas below, exactly, with the thresholds in them held. In float64, float32 is only the
+    order of depths. For several cameras use ``jax.vmap``: what they share is not copied and gets the summed gradient.
+
+    A Gaussian is projected with the derivative of the projection at its mean, where in this alone x/z is limited to
+    ±1.3·width/(2 f_x) and y/z to ±1.3·height/(2 f_y). With d from the pixel's centre to its projected mean, its opacity
+    there is α = min(0.99, opacity·exp(−½ dᵀ(Σ₂ + eps2d)⁻¹d)), 0 if that is below 1/255. From front to back, in the
+    order of z rounded to float32 and then of the index, a Gaussian weighs α·T, and T, which begins as 1, goes to
+    (1 − α)·T; the first that would make T less than 10⁻⁴, and all behind it, do not count.
+
+    Args:
+      means: (P, 3) in the world, float32 or float64, the dtype of all arrays here.
+      quats: (P, 4) rotations from the Gaussian's axes to the world, scalar first, of any length but 0.
+      scales: (P, 3) standard deviations along these axes.
+      opacities: (P,).
+      colors: (P, C), or with ``sh_degree`` (P, M, 3) coefficients of spherical harmonics, M >= (sh_degree + 1)²,
+        of which the first (sh_degree + 1)² count: a colour is max(0, ½ + Σ coefficient·basis(direction)), in the
+        direction from the camera's centre, inv(viewmat)[:3, 3], to the mean.
+      viewmat: (4, 4), world to camera: x to the right, y down, z forward; its last row is (0, 0, 0, 1).
+      K: (3, 3) intrinsics in pixels, of which f_x, f_y, c_x, c_y count; pixel (i, j), in column i and row j, has its
+        centre at (i + ½, j + ½).
+      width, height: of the image, static.
+      sh_degree: 0 to 3, static; None for colours as they are.
+      background: (C,), or None for 0.
+      covariances: (P, 3, 3) in the world, of which the symmetric part counts, instead of quats and scales, which are
+        None then.
+      near, far: only Gaussians with near < z < far are drawn.
+      eps2d: pixels², added to both variances on the screen.
+      antialiased: whether to multiply opacities by the square root of what eps2d makes of det Σ₂, as if wider
+        Gaussians had to be fainter: √max(2.5·10⁻⁵, det Σ₂ / det(Σ₂ + eps2d)).
+      extent: "exact": a Gaussian counts wherever α >= 1/255. "3sigma": only in tiles of 16 × 16 pixels that the square
+        of half-width ``radii`` around it meets, in columns trunc((u − r)/16) to trunc((u + r + 15)/16) − 1, with
+        u = x − ½ of its pixel position, and rows likewise: as in Kerbl et al.
+      means2d_offset: (P, 2) pixels added to projected means before all else, such as zeros, whose gradient is that on
+        the screen, which densification asks for.
+      capacity: for how many pairs of a tile and a Gaussian in it kernels have fast memory, static; None estimates it
+        from P and the image. It changes how fast they are, and nothing else.
+      implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
+        NotImplementedError where the platform has no kernel.
+
+    Returns:
+      A Rendering. Gaussians of which something that counts is not finite, whose quaternion is 0, or whose covariance on
+      the screen has determinant 0, also by underflow or overflow, are not drawn: no pixel, and no derivative, sees
+      them, and the gradient in them is 0. With a viewmat or K that is not finite, none are.
+
+    Raises:
+      ValueError: for shapes, sizes and unknown options. TypeError: for dtypes and types.
+    """
+    checks.implementation(implementation)
+    width, height = (_at_least(1, n, checks.static_integer(n, v)) for n, v in (("width", width), ("height", height)))
+    near, far, eps2d = _limits(near, far, eps2d)
+    if extent not in get_args(Extent):
+        raise ValueError(f"extent is {extent!r}, expected one of {', '.join(map(repr, get_args(Extent)))}.")
+    if not isinstance(antialiased, bool | np.bool_):
+        raise TypeError(f"antialiased is {antialiased!r}, expected True or False.")
+    if capacity is not None:
+        capacity = _at_least(1, "capacity", checks.static_integer("capacity", capacity))
+    if sh_degree is not None:
+        sh_degree = checks.static_integer("sh_degree", sh_degree)
+        if not 0 <= sh_degree <= 3:
+            raise ValueError(f"sh_degree is {sh_degree}, expected 0, 1, 2, 3, or None for colours as they are.")
+    given = _arrays(
+        means=means,
+        quats=quats,
+        scales=scales,
+        covariances=covariances,
+        opacities=opacities,
+        colors=colors,
+        viewmat=viewmat,
+        K=K,
+        background=background,
+        means2d_offset=means2d_offset,
+    )
+    _check_shapes(given, sh_degree)
+    means, opacities, colors = (given[n] for n in ("means", "opacities", "colors"))
+
+    camera, usable = projection.camera(given["viewmat"], given["K"], directions=sh_degree is not None)
+    see = functools.partial(_see, eps2d=eps2d, width=width, height=height)
+    drawn, radii, tiles = _probe(*lax.stop_gradient((given, camera)), usable, see, near, far, width, height)
+    screen, z = see(given, camera, drawn)
+    if camera.centre is None or sh_degree is None:
+        finite = jnp.isfinite(colors).all(-1)
+        channels = jnp.where(finite[:, None], colors, 0)
+    else:
+        sight = jnp.where(drawn[None], means.T - camera.centre, 1)
+        directions = sight / jnp.sqrt(projection.dot(sight, sight))[None]
+        channels, finite = harmonics.colors(colors[:, : (sh_degree + 1) ** 2], directions, sh_degree)
+    drawn &= finite
+    conic, shrunk = projection.conics(Screen(*(jnp.where(drawn, a, 1) for a in screen)))
+    opacities = jnp.where(drawn, opacities, 0)
+    if antialiased:
+        opacities = opacities * jnp.sqrt(jnp.maximum(shrunk, 2.5e-5))
+
+    C = channels.shape[-1]
+    behind = given.get("background", jnp.zeros(C, means.dtype))
+    image, alpha = blend(
+        jnp.stack([screen.u, screen.v], -1),
+        conic,
+        opacities,
+        jnp.concatenate([channels, z[:, None]], -1),
+        jnp.concatenate([behind, jnp.zeros(1, means.dtype)]),
+        lax.stop_gradient(z),
+        tiles if extent == "3sigma" else None,
+        width=width,
+        height=height,
+        capacity=capacity,
+        implementation=implementation,
+    )
+    return Rendering(image[..., :C], alpha, image[..., C], jnp.where(drawn, radii, 0))
+
+
+def _see(
+    given: dict[str, jax.Array], camera: Camera, drawn: jax.Array | None, eps2d: float, width: int, height: int
+) -> tuple[Screen, jax.Array]:
+    """Gaussians on the screen, and their z; where they are not drawn, of something whose derivatives are finite."""
+
+    def safe(a: jax.Array, instead: float) -> jax.Array:
+        return a if drawn is None else jnp.where(drawn.reshape(-1, *[1] * (a.ndim - 1)), a, instead)
+
+    position = projection.to_camera(camera, safe(given["means"], 0))
+    position = position if drawn is None else jnp.where(drawn[None], position, 1)
+    shape: projection.Shape
+    if "covariances" in given:
+        shape = projection.covariances(safe(given["covariances"], 0))
+    else:
+        shape = projection.ellipsoids(safe(given["quats"], 1), safe(given["scales"], 0))
+    screen = projection.project(camera, position, shape, eps2d, width, height)
+    if "means2d_offset" in given:
+        offset = safe(given["means2d_offset"], 0)
+        screen = screen._replace(u=screen.u + offset[:, 0], v=screen.v + offset[:, 1])
+    return screen, position[2]
+
+
+def _probe(
+    given: dict[str, jax.Array],
+    camera: Camera,
+    usable: jax.Array,
+    see: Callable[..., tuple[Screen, jax.Array]],
+    near: float,
+    far: float,
+    width: int,
+    height: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which Gaussians can be drawn, whatever their colours are; radii; tiles.
+
+    What cannot is replaced before it is seen again, with derivatives: a ``where`` behind the computation would not do,
+    as its derivative is 0·NaN where something on the way is not finite.
+    """
+    screen, z = see(given, camera, None)
+    conic, _ = projection.conics(screen)
+    drawn = usable & (z > near) & (z < far) & (screen.det != 0)
+    for a in (*screen, given["opacities"]):
+        drawn &= jnp.isfinite(a)
+    drawn &= jnp.isfinite(conic).all(-1)
+    radii, tiles = projection.reach(screen, width, height)
+    meets = (tiles[:, 0] < tiles[:, 1]) & (tiles[:, 2] < tiles[:, 3])
+    return drawn, jnp.where(meets, radii, 0), jnp.where(drawn[:, None], tiles, 0)
+
+
+# Arguments.
+
+
+def _at_least(least: int, name: str, value: int) -> int:
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}.")
+    return value
+
+
+def _limits(near: Any, far: Any, eps2d: Any) -> tuple[float, float, float]:
+    for name, value in (("near", near), ("far", far), ("eps2d", eps2d)):
+        if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected a Python number: it is static.")
+    if not 0 <= near < math.inf:
+        raise ValueError(f"near is {near}, expected 0 <= near: behind the camera nothing is seen.")
+    if not near < far:
+        raise ValueError(f"far is {far}, expected more than near, which is {near}.")
+    if not 0 <= eps2d < math.inf:
+        raise ValueError(f"eps2d is {eps2d}, expected 0 <= eps2d, in pixels².")
+    return float(near), float(far), float(eps2d)
+
+
+def _arrays(**given: Any) -> dict[str, jax.Array]:
+    """Those that are given, all of one float dtype, by name."""
+    if given["covariances"] is None:
+        for name, other in (("quats", "scales"), ("scales", "quats")):
+            if given[name] is None:
+                raise ValueError(f"{name} is None, expected an array, as {other} is: or else pass covariances instead.")
+    else:
+        for name in ("quats", "scales"):
+            if given[name] is not None:
+                raise ValueError(f"{name} is given beside covariances, expected None: the shape would be given twice.")
+    some = {name: checks.as_array(name, a) for name, a in given.items() if not (a is None and name in _OPTIONAL)}
+    dtype = some["means"].dtype
+    if dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"means has dtype {dtype}, expected float32 or float64. Convert it with astype.")
+    for name, a in some.items():
+        if a.dtype != dtype:
+            raise TypeError(
+                f"{name} has dtype {a.dtype}, expected {dtype}, that of means. Convert one of them with astype."
+            )
+    return some
+
+
+_OPTIONAL = ("quats", "scales", "covariances", "background", "means2d_offset")
+
+
+def _check_shapes(given: dict[str, jax.Array], sh_degree: int | None) -> None:
+    means, colors = given["means"], given["colors"]
+    if means.ndim != 2 or means.shape[1] != 3:
+        raise ValueError(f"means has shape {means.shape}, expected (P, 3). For several scenes use jax.vmap.")
+    P = means.shape[0]
+    if known(P, 0) >= 2**31:
+        raise ValueError(f"means has P = {P} points, expected fewer than 2**31. Split it.")
+    if sh_degree is None:
+        if colors.ndim != 2 or colors.shape[0] != P:
+            hint = " With coefficients of spherical harmonics, pass sh_degree." if colors.ndim == 3 else ""
+            raise ValueError(f"colors has shape {colors.shape}, expected ({P}, C).{hint}")
+        C = colors.shape[1]
+    else:
+        least = (sh_degree + 1) ** 2
+        if colors.ndim != 3 or (colors.shape[0], colors.shape[2]) != (P, 3) or colors.shape[1] < least:
+            raise ValueError(
+                f"colors has shape {colors.shape}, expected ({P}, M, 3) with M >= {least}, as sh_degree is {sh_degree}."
+            )
+        C = 3
+    expected = {
+        "quats": (P, 4),
+        "scales": (P, 3),
+        "covariances": (P, 3, 3),
+        "opacities": (P,),
+        "viewmat": (4, 4),
+        "K": (3, 3),
+        "background": (C,),
+        "means2d_offset": (P, 2),
+    }
+    for name, shape in expected.items():
+        if name in given and given[name].shape != shape:
+            several = " For several cameras use jax.vmap." if name in ("viewmat", "K") else ""
+            raise ValueError(f"{name} has shape {given[name].shape}, expected {shape}.{several}")
