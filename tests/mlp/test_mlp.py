@@ -35,6 +35,11 @@ def problem(rng, widths=(3, 7, 5, 2), N=6, bias=True, dtype=np.float64):
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), (z, ct, v))
 
 
+def only_single(implementation):
+    """Whether kernels are asked for where there are none of float64."""
+    return implementation == "ffi" and jax.default_backend() != "cpu"
+
+
 def derivatives(fn, z, ct, v):
     """Value, tangent, gradients; gradients of ⟨v, gradients⟩ in z and ct, and the same forward over reverse, in z."""
     y, tangent = jax.jvp(fn, z, v)
@@ -92,8 +97,8 @@ def test_oracle_of_networks(rng):
 
 
 def check(rng, implementation, pair, output_pair, bias=True, tolerance=1e-10, jit=helpers.quick_jit, **shape):
-    if implementation == "ffi" and jax.default_backend() != "cpu":  # no kernels of float64
-        shape, tolerance = {"dtype": np.float32} | shape, max(tolerance, 5e-6)
+    if only_single(implementation):
+        shape, tolerance = {"dtype": np.float32} | shape, max(tolerance, 2e-5)
     z, ct, v = problem(rng, bias=bias, **shape)
     fn = functools.partial(mlp, activation=pair[0], output_activation=output_pair[0], implementation=implementation)
     with jax.default_matmul_precision("highest"):
@@ -164,14 +169,16 @@ def test_accuracy_of_activations(activation, dtype, tolerance, kernels, rng):
     for size in (1e-3, 1.0, 20.0):
         p = rng.uniform(-size, size, (200, 1)).astype(dtype)
         got = every(jnp.asarray(p), jnp.ones((1, 1), dtype))
-        helpers.assert_trees_close(got, PAIRS[activation][1](helpers.wide(p)), tolerance, f"{size}")
+        # On CUDA the product with 1 is one of matrices as well; its error moves a wave's argument.
+        slack = 2 if kernels == "cuda" and "Sine" in activation else 1
+        helpers.assert_trees_close(got, PAIRS[activation][1](helpers.wide(p)), slack * tolerance, f"{size}")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.thorough_if(implementation="xla")
 def test_narrow_sums_are_wide(dtype, implementation):
     """1 + 511 times 2⁻¹² is nearly 1.125; summed in float16 or bfloat16 it stays 1. So are gradients' sums."""
-    if implementation == "ffi" and jax.default_backend() != "cpu":
+    if only_single(implementation):
         pytest.skip("wider than CUDA kernels take")
     small, one = np.full((1, 512), 2.0**-12), np.ones((1, 512))
     small[0, 0] = 1
@@ -215,14 +222,17 @@ def test_third_order(name, rng):
 @pytest.mark.thorough_if(implementation="xla")
 def test_parts_stand_side_by_side(implementation, rng):
     """As their concatenation, in value and in every derivative; a part may have no columns."""
-    (x, W, b), ct, v = problem(rng, widths=(6, 7, 2))
+    single = only_single(implementation)
+    (x, W, b), ct, v = problem(rng, widths=(6, 7, 2), dtype=np.float32 if single else np.float64)
     parts = x[:, :1], x[:, 1:1], x[:, 1:4], x[:, 4:]
 
     def of_parts(parts, W, b):
         return mlp(parts, W, b, activation="sine", implementation=implementation)
 
     split = functools.partial(jnp.split, indices_or_sections=[1, 1, 4], axis=1)
-    got = helpers.quick_jit(functools.partial(derivatives, of_parts))((parts, W, b), ct, (tuple(split(v[0])), *v[1:]))
+    with jax.default_matmul_precision("highest"):
+        every = helpers.quick_jit(functools.partial(derivatives, of_parts))
+        got = every((parts, W, b), ct, (tuple(split(v[0])), *v[1:]))
     y, tangent, first, second, along = in_numpy(
         (x, W, b), ct, v, *(mlp_oracle.ACTIVATIONS[n] for n in ("sine", "none"))
     )
@@ -231,11 +241,12 @@ def test_parts_stand_side_by_side(implementation, rng):
         return (tuple(split(z[0])), *z[1:])
 
     want = y, tangent, as_parts(first), (as_parts(second[0]), second[1]), as_parts(along)
-    helpers.assert_trees_close(got, want, 1e-10)
+    helpers.assert_trees_close(got, want, 2e-5 if single else 1e-10)
 
 
 def test_leading_axes(implementation, rng):
-    (x, W, b), *_ = problem(rng, N=12)
+    single = only_single(implementation)
+    (x, W, b), *_ = problem(rng, N=12, dtype=np.float32 if single else np.float64)
     shapes = (3, 4), (2, 1, 6), (0, 4)
 
     def every(x):
@@ -244,8 +255,10 @@ def test_leading_axes(implementation, rng):
         return [mlp((a[..., :2], a[..., 2:]), list(W), list(b), **options) for a in some]
 
     flat = mlp_oracle.Oracle(*helpers.wide((x, W, b)), *(mlp_oracle.ACTIVATIONS[n] for n in ("tanh", "none"))).y
-    for shape, got in zip(shapes, helpers.quick_jit(every)(x), strict=True):
-        helpers.assert_close(got, flat[: np.prod(shape, dtype=int)].reshape(*shape, 2), 1e-13)
+    with jax.default_matmul_precision("highest"):
+        got = helpers.quick_jit(every)(x)
+    for shape, y in zip(shapes, got, strict=True):
+        helpers.assert_close(y, flat[: np.prod(shape, dtype=int)].reshape(*shape, 2), 5e-6 if single else 1e-13)
 
 
 # ---- Precision

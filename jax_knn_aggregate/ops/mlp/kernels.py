@@ -93,13 +93,18 @@ def family(layout: Layout) -> Family:
 
 
 def _pays(layout: Layout, role: str, platform: str, x: Operands, wanted: Mask) -> bool:
-    """Where kernels are faster than XLA, as benchmarks/results/mlp-cuda.json has it."""
+    """Where kernels are faster than XLA: benchmarks/results/mlp-cuda.json has times of both."""
     if platform != "cuda":
         return True
     if x[0].dtype != jnp.float32 or known(size(x[0].shape[:-1]), MANY_ROWS) < MANY_ROWS:
         return False
-    parameters = any(wanted[layout.parts : layout.operands]) if ROLES[role].results != "y" else False
-    return not parameters or layout.activation != Plain("relu")
+    if ROLES[role].results == "y" or not any(wanted[layout.parts : layout.operands]):
+        return True
+    if not 3 <= layout.layers <= 5 or min(layout.widths(x)[1:-1]) < 48:
+        return False
+    if role == "vjp":
+        return layout.precision != lax.Precision.HIGHEST
+    return layout.activation not in (Plain("none"), Plain("relu")) and not isinstance(layout.activation, LeakyReLU)
 
 
 def _kernels(layout: Layout) -> dict[str, Kernel]:

@@ -91,7 +91,7 @@ def _kernels(width: int, height: int, reach: bool) -> dict[str, Kernel]:
         return _there(platform) and forward(x, aux, dx)[:2]
 
     def vjp(platform: str, batch: Shape, x: Group, aux: Group, ct: Group, x_bar: Group) -> Any:
-        return _there(platform) and backward(platform, batch, x, aux, forward(x, aux)[2:], ct, x_bar)
+        return _there(platform) and backward(platform, batch, x, aux, tuple(forward(x, aux)[2:]), ct, x_bar)
 
     def vjp_vjp(platform: str, batch: Shape, x: Group, aux: Group, ct: Group, v: Group, bars: Group) -> Any:
         if not _there(platform):
@@ -105,7 +105,7 @@ def _kernels(width: int, height: int, reach: bool) -> dict[str, Kernel]:
         platform: str, batch: Shape, x: Group, aux: Group, ct: Group, dx: Group, dct: Group, x_bar: Group
     ) -> Any:
         return _there(platform) and backward(
-            platform, batch, x, aux, forward(x, aux, dx)[2:], ct, x_bar, v=dx, v_ct=dct
+            platform, batch, x, aux, tuple(forward(x, aux, dx)[2:]), ct, x_bar, v=dx, v_ct=dct
         )
 
     return {"value": value, "jvp": jvp, "vjp": vjp, "vjp_vjp": vjp_vjp, "vjp_jvp": vjp_jvp}

@@ -71,18 +71,16 @@ def _reference(*operands: jax.Array, **static: Any) -> list[jax.Array]:
     return [jnp.broadcast_to(order, outputs[0].shape), *empty]
 
 
-def _kernel(
-    platform: str, *operands: jax.Array, width: int, height: int, capacity: int, reach: bool
-) -> list[jax.Array] | None:
+def _kernel(platform: str, *operands: jax.Array, **static: Any) -> list[jax.Array] | None:
     if not ffi.available(_TARGET, platform):
         return None
-    outputs = _outputs(*operands, width=width, height=height, capacity=capacity, reach=reach)
+    outputs = _outputs(*operands, **static)
 
     def call(operands: Sequence[jax.Array], results: list[Struct], full: Shape) -> Sequence[jax.Array]:
-        attributes = {"width": np.int32(width), "height": np.int32(height), "reach": np.int32(reach)}
+        attributes = {name: np.int32(static[name]) for name in ("width", "height", "reach")}
         scratch = []
         if platform == "cuda":
-            of_items = max(operands[0].shape[-2], capacity) * ffi.number("cuda.tiles_bytes_of_item")
+            of_items = max(operands[0].shape[-2], static["capacity"]) * ffi.number("cuda.tiles_bytes_of_item")
             scratch = [Struct((of_items + ffi.number("cuda.sort_bytes"),), jnp.uint8)]
         return ffi.call(_TARGET, [*results, *scratch])(*operands, **attributes)[: len(results)]
 
