@@ -18,10 +18,11 @@ from .harness import measure
 from .hash_grid import hash_grid
 from .knn import breakdown, crossover, knn_aggregate, scale, sharding, sweep
 from .mlp import mlp
+from .splat import splat
 
 SUITES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (knn_aggregate, distortion, hash_grid, mlp, scale, sweep, breakdown, crossover, sharding)
+    for module in (knn_aggregate, distortion, hash_grid, mlp, splat, scale, sweep, breakdown, crossover, sharding)
 }
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 

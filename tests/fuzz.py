@@ -29,6 +29,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # which python -P leaves
 import helpers
 from hash_grid import oracle as grids
 
+sys.path.insert(1, str(pathlib.Path(__file__).parent / "splat"))
+import splat_oracle as splats
+import splat_scenes
+
 INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
 HALF = [jnp.bfloat16, jnp.float16]
 #: Relative errors in norm up to which nobody asks how far off rounded operands alone would be, by the result's dtype.
@@ -928,10 +932,127 @@ class Perceptron(Problem):
         report.check("bits", same, "other bits in another run")
 
 
+# ---- Images of Gaussians
+
+
+class Splats(Problem):
+    """Against the reference in float64: that it is right is seen in tests/splat, and what is random here are shapes."""
+
+    exact_kinds = ("plain", "opaque", "wide", "near", "principal point")
+    outputs, ours_only = ("image", "alpha", "depth"), ()
+
+    def __init__(self, rng):
+        self.P, self.C = pick(rng, 0, 1, 2, 15, 33, 70), pick(rng, 1, 3, 3, 5)
+        self.options = {"width": pick(rng, 1, 15, 16, 33, 40), "height": pick(rng, 1, 16, 17, 33)}
+        self.options |= {"antialiased": bool(rng.random() < 0.4), "extent": pick(rng, "exact", "exact", "3sigma")}
+        self.options |= {"eps2d": pick(rng, 0.3, 0.3, 0.0), "capacity": pick(rng, None, None, 1, 50)}
+        self.degree = pick(rng, None, None, 0, 1, 3)
+        dtype = np.dtype(pick(rng, np.float32, np.float64))
+        self.sizes = {"means": (self.P, 3)}
+        self.sizes |= pick(rng, {"quats": (self.P, 4), "scales": (self.P, 3)}, {"covariances": (self.P, 3, 3)})
+        colors = (self.P, self.C) if self.degree is None else (self.P, (self.degree + 1) ** 2, 3)
+        self.C = colors[-1]
+        self.sizes |= {"opacities": (self.P,), "colors": colors, "viewmat": (4, 4), "K": (3, 3)}
+        self.sizes |= pick(rng, {}, {"background": (self.C,), "means2d_offset": (self.P, 2)})
+        self.names = tuple(self.sizes)
+        self.dtypes = dict.fromkeys((*self.names, *self.outputs), dtype)
+        self.reverse = bool(rng.random() < 0.6)
+        self.wrt, self.asked = some(rng, self.names, 0.7), some(rng, self.outputs)
+        ndims = {n: len(shape) for n, shape in self.sizes.items()}
+        ndims |= {f"ct {n}": 3 if n == "image" else 2 for n in self.asked} | {f"v {n}": ndims[n] for n in self.wrt}
+        self.draw(rng, ndims)
+
+    def __str__(self):
+        how = f"vmap {self.levels} {'inside' if self.inside else 'outside'}" if self.levels else "no vmap"
+        of = f"{self.P} Gaussians, {self.options}, sh_degree={self.degree}, {self.dtypes['means']}"
+        return f"{of}, {how}, {self.asked} in {self.wrt}"
+
+    def call(self, d, implementation=None):
+        args = {"quats": None, "scales": None} | {n: d[n] for n in self.names}
+        r = jka.render_gaussians(**args, **self.options, sh_degree=self.degree, implementation=implementation)
+        return {n: getattr(r, n) for n in self.outputs}
+
+    def reference(self, d):
+        return self.call(d, "xla")
+
+    def oracle(self, d):
+        live = jnp.where(d["live"][..., None], d["means"], 0.0).sum()
+        return self.call(d, "xla") | {"touched": live + sum(d[n].sum() for n in self.names if n != "means")}
+
+    def lost(self, d):
+        """Of operands without mapped axes, which Gaussians are not drawn whatever the camera sees."""
+        own = [n for n in self.names if n not in ("viewmat", "K", "background")]
+        bad = [~np.isfinite(d[n].reshape(self.P, int(np.prod(d[n].shape[1:], dtype=int)))).all(1) for n in own]
+        seen = d["viewmat"] if self.degree is not None else d["viewmat"][:3]
+        camera = np.isfinite(seen).all() and np.isfinite(d["K"][[0, 1, 0, 1], [0, 1, 2, 2]]).all()
+        return np.logical_or.reduce(bad) | (not camera)
+
+    def each(self, d):
+        for at in np.ndindex(*self.levels):
+            yield at, self.item(fixed(d), at)
+
+    def given(self, d, y):
+        live = np.zeros((*self.levels, self.P), bool)
+        for at, item in self.each(d):
+            live[at] = ~self.lost(item)
+        return {"live": live}
+
+    def run(self, rng, report):
+        """Where rounding may take something over a threshold, there is nothing to compare."""
+        state = rng.bit_generator.state
+        _, d = self.content(rng)
+        rng.bit_generator.state = state
+        options = {n: a for n, a in self.options.items() if n != "capacity"} | {"sh_degree": self.degree}
+        needed = 1e-4 if self.dtypes["means"] == np.float32 else 1e-9
+        for _, item in self.each(self.place(d)):
+            lost = self.lost(item)
+            shared = ("viewmat", "K", "background")
+            item = {n: np.asarray(a if n in shared else a[~lost], np.float64) for n, a in item.items()}
+            if not lost.all() and splats.Oracle(item, **options).margin < needed:
+                report.check("away from thresholds", True, "")
+                return
+        super().run(rng, report)
+
+    def content(self, rng):
+        kind = pick(rng, *self.exact_kinds, "not finite", "not finite")
+        scenes = []
+        for _ in range(int(np.prod(self.front, dtype=int))):
+            scene = splat_scenes.gaussians(rng, "plain" if kind == "not finite" else kind, self.P)
+            scene["K"][:2, 2] *= self.options["width"] / 40
+            if "covariances" in self.sizes:
+                scene = splat_scenes.with_covariances(rng, scene, self.C)
+            scene["background"] = rng.normal(size=self.C)
+            scene["colors"] = 0.6 * rng.normal(size=self.sizes["colors"])
+            scenes.append(scene)
+        d = {n: np.stack([scene[n] for scene in scenes]).reshape(*self.front, *self.sizes[n]) for n in self.names}
+        size = self.options["height"], self.options["width"]
+        d |= {f"ct {n}": rng.normal(size=(*self.front, *size, *([self.C] if n == "image" else []))) for n in self.asked}
+        d |= {f"v {n}": rng.normal(size=d[n].shape) for n in self.wrt}
+        d = {n: a.astype(self.dtypes[n.split()[-1]]) for n, a in d.items()}
+        if kind == "not finite":
+            for name in some(rng, [n for n in self.names if n != "background" and d[n].size], 0.3):
+                d[name].flat[rng.integers(0, d[name].size, 2)] = pick(rng, np.nan, np.inf, -np.inf)
+        return kind, d
+
+    def check_loop(self, rng, report, d, y):
+        """Not once more without jit: it is a program an operation."""
+
+    def checks(self, rng, report, kind, d, got):
+        for n in self.outputs:
+            y, core = got["values"][n], (self.options["height"], self.options["width"])
+            want = (*self.levels, *core, *([self.C] if n == "image" else []))
+            report.check("shapes", y.shape == want and y.dtype == self.dtypes[n], f"{n} is {y.shape} {y.dtype}")
+        finite = all(np.isfinite(a).all() for a in jax.tree.leaves(got))
+        report.check("finite", finite, "something is not")
+        again = jax.tree.map(np.asarray, self.ours(d))
+        same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (got, again)), strict=True))
+        report.check("bits", same or not finite, "other bits in another run")
+
+
 # ---- Running
 
 
-OPS = Aggregate, Aggregate, Aggregate, Distortion, Grid, Perceptron
+OPS = Aggregate, Aggregate, Aggregate, Distortion, Grid, Perceptron, Splats
 
 
 class Report:

@@ -244,6 +244,7 @@ def test_bad_calls(rng):
         (ValueError, r"background has shape \(1,\), expected \(3,\)", {"background": np.zeros(1)}),
         (ValueError, r"means2d_offset has shape \(5, 3\), expected \(5, 2\)", {"means2d_offset": np.zeros((5, 3))}),
         (ValueError, "width is 0, expected at least 1", {"width": 0}),
+        (ValueError, r"width and height are 65536 and 32768, .*2\*\*31", {"width": 2**16, "height": 2**15}),
         (TypeError, "height is 8.0, expected a Python integer", {"height": 8.0}),
         (ValueError, "capacity is 0, expected at least 1", {"capacity": 0}),
         (TypeError, "capacity is 'all'", {"capacity": "all"}),

@@ -125,7 +125,7 @@ def test_export(platforms, rng):
 @pytest.mark.thorough_if(cpu_implementation="xla")
 @pytest.mark.thorough_if(mesh=AxisType.Explicit)
 def test_cameras_split_over_devices(cpu_implementation, mesh, rng):
-    """Nothing moves forward; on the way back gradients of Gaussians are all-reduced, those of cameras stay."""
+    """Nothing moves forward; on the way back gradients of Gaussians are one all-reduce, those of cameras stay."""
     args = scene_of(rng)
     whole, split = NamedSharding(mesh, S()), NamedSharding(mesh, S("a"))
     gaussians = jax.device_put(splat_tree(args[0]), whole)
@@ -143,10 +143,10 @@ def test_cameras_split_over_devices(cpu_implementation, mesh, rng):
     assert all(a.sharding.is_equivalent_to(split, a.ndim) for a in r)
     for i, camera in enumerate(zip(*args[1:], strict=True)):
         o = splat_oracle.Oracle(args[0] | dict(zip(("viewmat", "K"), camera, strict=True)), **OPTIONS)
-        helpers.assert_close(r.image[i], o.image, 1e-10)
+        helpers.assert_close(np.asarray(r.image)[i], o.image, 1e-10)
 
     backward = helpers.quick_jit(jax.grad(functools.partial(total, implementation=cpu_implementation), (0, 1, 2)))
-    assert helpers.kinds(backward, gaussians, *cameras) == {"all-reduce"}
+    assert [kind for kind, _ in helpers.collectives(backward, gaussians, *cameras)] == ["all-reduce"]
     got = backward(gaussians, *cameras)
     helpers.assert_trees_close(got, of_cameras(*args), 1e-8)
     assert all(a.sharding.is_equivalent_to(split, a.ndim) for a in got[1:])

@@ -99,8 +99,9 @@ def render_gaussians(
         u = x − ½ of its pixel position, and rows likewise: as in Kerbl et al.
       means2d_offset: (P, 2) pixels added to projected means before all else, such as zeros, whose gradient is that on
         the screen, which densification asks for.
-      capacity: for how many pairs of a tile and a Gaussian in it kernels have fast memory, static; None estimates it
-        from P and the image. It changes how fast they are, and nothing else.
+      capacity: how many pairs of a tile of 16 × 16 pixels and a Gaussian in it kernels list, static; None: 6 for each
+        Gaussian and 128 for each tile, at most 2³⁰. Where there are more, every tile goes through all Gaussians: the
+        result is the same, and comes later.
       implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
         NotImplementedError where the platform has no kernel.
 
@@ -114,6 +115,10 @@ def render_gaussians(
     """
     checks.implementation(implementation)
     width, height = (_at_least(1, n, checks.static_integer(n, v)) for n, v in (("width", width), ("height", height)))
+    if width * height >= 2**31:
+        raise ValueError(
+            f"width and height are {width} and {height}, expected fewer than 2**31 pixels. Split the image."
+        )
     near, far, eps2d = _limits(near, far, eps2d)
     if extent not in get_args(Extent):
         raise ValueError(f"extent is {extent!r}, expected one of {', '.join(map(repr, get_args(Extent)))}.")
