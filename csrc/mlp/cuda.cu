@@ -5,8 +5,7 @@
 // out to steps of the instruction in pairs of neighbours. With tangents, eight rows and their eight tangents are a
 // warp's sixteen: matrices act on both alike, and a lane that has a value has its tangent too.
 //
-// Weights lie in shared memory, for all warps of a block, all layers of them or one at a time. For gradients, shared
-// memory also has a place for each layer's rows. The way forward leaves p there; the way back takes p from it, leaves h
+// Weights of all layers lie in shared memory, for all warps of a block. For gradients, shared memory also has a place for each layer's rows. The way forward leaves p there; the way back takes p from it, leaves h
 // in its stead, and, once the sums β hᵀ over rows that need h are done, β. These sums alone are a matter of all rows of
 // a block, so that its warps wait for each other. They are added up over all tiles of a block; a second kernel adds
 // those of the blocks in their order.
@@ -25,7 +24,7 @@
 namespace knn::KNN_ISA {
 namespace {
 
-// A warp's rows; the entries of a block of columns; the most threads of a block.
+// A warp's rows; the columns of a block; the most blocks that a layer has.
 constexpr int kRows = 16, kBlock = 8, kBlocks = kMlpCudaMaxWidth / kBlock;
 
 __host__ __device__ __forceinline__ int BlocksOf(int width) { return (width + kBlock - 1) / kBlock; }
