@@ -5,10 +5,11 @@
 // out to steps of the instruction in pairs of neighbours. With tangents, eight rows and their eight tangents are a
 // warp's sixteen: matrices act on both alike, and a lane that has a value has its tangent too.
 //
-// Weights of all layers lie in shared memory, for all warps of a block. For gradients, shared memory also has a place for each layer's rows. The way forward leaves p there; the way back takes p from it, leaves h
-// in its stead, and, once the sums β hᵀ over rows that need h are done, β. These sums alone are a matter of all rows of
-// a block, so that its warps wait for each other. They are added up over all tiles of a block; a second kernel adds
-// those of the blocks in their order.
+// Weights of all layers lie in shared memory, for all warps of a block. For gradients, shared memory also has a place
+// for each layer's rows. The way forward leaves p there; the way back takes p from it, leaves h in its stead, and, once
+// the sums β hᵀ over rows that need h are done, β. These sums alone are a matter of all rows of a block, so that its
+// warps wait for each other. They are added up over all tiles of a block; a second kernel adds those of the blocks in
+// their order.
 //
 // Products are of matrix units (mma.sync): TF32, of floats and of what has 16 bits, whose numbers all are TF32's too.
 // Float proper is three products of TF32, of the leading bits of both factors and of those bits of one with the rest of
