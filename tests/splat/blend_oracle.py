@@ -44,6 +44,15 @@ def _walk(x, depths, reach, width, height):
     return steps, T
 
 
+def margin(x, depths, width, height):
+    """How far, relatively, everything is from thresholds: what is computed in float32 may fall on their other side."""
+    least = np.inf
+    for _, _, _, raw, alpha, before, _ in _walk(x, depths, None, width, height)[0]:
+        gaps = [raw * 255 - 1, raw / 0.99 - 1, np.where(raw >= 1 / 255, before * (1 - alpha) * 1e4 - 1, 1)]
+        least = min(least, *(np.abs(gap).min() for gap in gaps))
+    return least
+
+
 def value(x, depths, width, height, reach=None):
     steps, T = _walk(x, depths, reach, width, height)
     image = T[..., None] * x[4]

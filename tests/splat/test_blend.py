@@ -100,13 +100,14 @@ def test_every_role(P, size, C, reach, capacity, implementation, rng):
     "C", [4, pytest.param(3, marks=pytest.mark.thorough), pytest.param(35, marks=pytest.mark.thorough)]
 )
 def test_float32(C, kernels, rng):
-    x, depths = oracle.plane(rng, 200, 50, 40, C)
-    v, ct, dct = cotangents(rng, x, 50, 40)
+    drawn = (oracle.plane(rng, 50, 40, 30, C) for _ in range(1000))
+    x, depths = next((x, depths) for x, depths in drawn if oracle.margin(x, depths, 40, 30) > 2e-4)
+    v, ct, dct = cotangents(rng, x, 40, 30)
     narrow = jax.tree.map(lambda a: a.astype(np.float32), (x, v, ct, dct))
     x, v, ct, dct = jax.tree.map(lambda a: a.astype(np.float64), narrow)
-    fn = of(depths, None, 50, 40, implementation="ffi")
+    fn = of(depths, None, 40, 30, implementation="ffi")
     got = helpers.user_jit(functools.partial(every_role, fn))(*helpers.tree(narrow))
-    want = expected(x, v, ct, dct, depths, 50, 40, None)
+    want = expected(x, v, ct, dct, depths, 40, 30, None)
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(got))
     assert max(np.abs(np.asarray(a) - b).max() for a, b in zip(got[0], want[0], strict=True)) <= 2e-5
     helpers.assert_trees_close(got, want, 2e-5)

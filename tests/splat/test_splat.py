@@ -82,9 +82,9 @@ def test_derivatives(kind, implementation, rng):
         functools.partial(splat_scenes.gaussians, rng, kind), FULL, margin=1e-9
     )
     drawn = int((oracle.radii > 0).sum())
-    assert drawn > 5 and (kind != "near" or drawn < 28)
+    assert drawn > 5 and (kind != "near" or drawn < 30)
     assert kind != "opaque" or oracle.saturated > 20
-    assert kind != "wide" or oracle.limited_count > 20
+    assert kind != "wide" or oracle.limited_count > 10
     ct, v = splat_scenes.directions(rng, scene)
     every = compiled(implementation, "every", **FULL)
     rendering, tangents, first, second = every(*map(splat_scenes.tree, (scene, ct, v)))
@@ -132,8 +132,9 @@ def test_covariances_and_channels(extent, eps2d, implementation, rng):
     rendering, gradients = first(*map(splat_scenes.tree, (scene, ct)))
     check_values(rendering, oracle, 1e-10)
     helpers.assert_trees_close(gradients, oracle.first(ct), 1e-8)
-    far = np.linalg.norm(gradients["means"], axis=1) == 0
-    assert 0 < far.sum() < 20
+    z = scene["means"] @ scene["viewmat"][2, :3] + scene["viewmat"][2, 3]
+    outside = (z < 2.2) | (z > 5.8)
+    assert not np.asarray(gradients["means"])[outside].any() and not np.asarray(rendering.radii)[outside].any()
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])

@@ -99,8 +99,8 @@ def render_gaussians(
         u = x − ½ of its pixel position, and rows likewise: as in Kerbl et al.
       means2d_offset: (P, 2) pixels added to projected means before all else, such as zeros, whose gradient is that on
         the screen, which densification asks for.
-      capacity: how many pairs of a tile of 16 × 16 pixels and a Gaussian in it kernels list, static; None: 6 for each
-        Gaussian and 128 for each tile, at most 2³⁰. Where there are more, every tile goes through all Gaussians: the
+      capacity: how many pairs of a tile of 16 × 16 pixels and a Gaussian in it kernels list, static; None: 2 for each
+        Gaussian and 384 for each tile, at most 2³⁰. Where there are more, every tile goes through all Gaussians: the
         result is the same, and comes later.
       implementation: None uses kernels where they exist, "xla" the pure-JAX reference; "ffi" raises
         NotImplementedError where the platform has no kernel.

@@ -11,7 +11,7 @@ from .kernels import family
 from .tiles import tile_count, tiles
 
 #: Without a ``capacity``: so many pairs a Gaussian, and so many a tile.
-PAIRS_OF_GAUSSIAN, PAIRS_OF_TILE = 6, 128
+PAIRS_OF_GAUSSIAN, PAIRS_OF_TILE = 2, 384
 
 
 def blend(
@@ -43,7 +43,7 @@ def blend(
         [y0, y1) alone. None: everywhere.
       width, height: of the image.
       capacity: how many pairs of a tile and a Gaussian that may count in it are listed, for speed alone: with more of
-        them, every tile goes through all Gaussians. None: 6 for each Gaussian and 128 for each tile.
+        them, every tile goes through all Gaussians. None: 2 for each Gaussian and 384 for each tile.
 
     Returns:
       image (height, width, C), Σ weight·channels + final transmittance·background; alpha (height, width), 1 − final
