@@ -139,11 +139,15 @@ def test_third_order(rng):
 
 @pytest.mark.parametrize("platforms", [None, ("cpu", "cuda")], ids=["this platform", "cpu and cuda"])
 @pytest.mark.thorough_if(platforms=[("cpu", "cuda")])
-def test_export(platforms, rng):
-    operands = tuple(a[0] for a in scenes(rng, 1))
-    fn = jax.grad(step, range(5))
-    read = helpers.through_bytes(fn, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands], platforms)
-    helpers.assert_trees_close(read.call(*operands), step_in_numpy(*operands), 1e-9)
+def test_export_for_any_number_of_gaussians(platforms, rng):
+    (symbol,) = jax.export.symbolic_shape("P")
+    sizes = (symbol, 2), (symbol, 3), (symbol,), (symbol, C), (C,), (symbol,)
+    read = helpers.through_bytes(
+        jax.grad(step, range(5)), [jax.ShapeDtypeStruct(size, np.float64) for size in sizes], platforms
+    )
+    for n in (1, 40):
+        x, depths = oracle.plane(rng, n, WIDTH, HEIGHT, C)
+        helpers.assert_trees_close(read.call(*x, depths), step_in_numpy(*x, depths), 1e-9)
 
 
 @pytest.mark.thorough_if(cpu_implementation="xla")

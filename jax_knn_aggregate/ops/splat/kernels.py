@@ -19,7 +19,7 @@ from ...core.family import Family, Structs
 from ...core.ffi import bits, present
 from ...core.one_target import Group, Kernel
 from .reference import reference
-from .tiles import NDIMS, tile_count
+from .tiles import NDIMS, larger, tile_count
 
 Struct = jax.ShapeDtypeStruct
 _X_NDIMS = (2, 2, 1, 2, 1)
@@ -115,7 +115,7 @@ def _scratch(width: int, height: int, x: Group, aux: Group, results: Group) -> S
     """As csrc/splat/cuda.h says."""
     P, C, item, capacity = x[3].shape[-2], x[3].shape[-1], x[0].dtype.itemsize, aux[2].shape[-1]
     row = 6 + (C if results[3] is not None else 0)
-    of_pairs = row * max(capacity * item, P * (item + 8))
+    of_pairs = row * larger(capacity * item, P * (item + 8))
     return Struct((of_pairs + 256 + tile_count(width, height) * C * item,), jnp.uint8)
 
 

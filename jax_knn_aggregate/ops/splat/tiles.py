@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from ...core import ffi
 from ...core.batch import Shape, batch_shape, over_batch, over_merged_batch
@@ -49,6 +50,11 @@ def tile_count(width: int, height: int) -> int:
     return -(-width // TILE) * -(-height // TILE)
 
 
+def larger(a: int, b: int) -> int:
+    """The larger; of sizes of which one is symbolic, the sum, which is no smaller."""
+    return a + b if is_symbolic_dim(a) or is_symbolic_dim(b) else max(a, b)
+
+
 def _ndims(reach: bool) -> tuple[int, ...]:
     return (2, 2, 1, 1, 2) if reach else (2, 2, 1, 1)
 
@@ -74,17 +80,17 @@ def _reference(*operands: jax.Array, **static: Any) -> list[jax.Array]:
 def _kernel(platform: str, *operands: jax.Array, **static: Any) -> list[jax.Array] | None:
     if not ffi.available(_TARGET, platform):
         return None
-    outputs = _outputs(*operands, **static)
 
     def call(operands: Sequence[jax.Array], results: list[Struct], full: Shape) -> Sequence[jax.Array]:
-        attributes = {name: np.int32(static[name]) for name in ("width", "height", "reach")}
         scratch = []
         if platform == "cuda":
-            of_items = max(operands[0].shape[-2], static["capacity"]) * ffi.number("cuda.tiles_bytes_of_item")
-            scratch = [Struct((of_items + ffi.number("cuda.sort_bytes"),), jnp.uint8)]
+            items = larger(operands[0].shape[-2], static["capacity"])
+            size = items * ffi.number("cuda.tiles_bytes_of_item") + ffi.number("cuda.sort_bytes")
+            scratch = [Struct((size,), jnp.uint8)]
+        attributes = {name: np.int32(static[name]) for name in ("width", "height", "reach")}
         return ffi.call(_TARGET, [*results, *scratch])(*operands, **attributes)[: len(results)]
 
-    return over_merged_batch(call, operands, operands[0].ndim - 2, outputs)
+    return over_merged_batch(call, operands, operands[0].ndim - 2, _outputs(*operands, **static))
 
 
 def _make() -> Any:
