@@ -1,0 +1,276 @@
+"""The names and conventions of diff-gaussian-rasterization (Kerbl et al. 2023), on ``render_gaussians``.
+
+What an image is, is the original's: matrices that act on rows, pixels whose centres are whole numbers, a near plane at
+0.2, quaternions as they are, tiles that the square of three standard deviations meets. Gradients are the derivatives of
+that, in the settings' arrays as well, where some of the original's are not; docs/splat.md lists where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .core import checks
+from .core.checks import Array, Implementation
+from .ops.splat import harmonics, render_gaussians
+
+__all__ = ["GaussianRasterizationSettings", "GaussianRasterizer", "rasterize_gaussians"]
+
+_NEAR = 0.2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussianRasterizationSettings:
+    """A camera and how to draw. A pytree: functions of it can be jitted and differentiated.
+
+    Attributes:
+      image_height, image_width: of the image, static.
+      tanfovx, tanfovy: tangents of half the field of view, which covariances on the screen are made with.
+      bg: (3,), the background.
+      scale_modifier: multiplies scales.
+      viewmatrix: (4, 4), the transpose of world to camera: x to the right, y down, z forward.
+      projmatrix: (4, 4), the transpose of world to clip space, which pixel positions are made with.
+      sh_degree: 0 to 3, static.
+      campos: (3,), the camera's place, from which directions for spherical harmonics are taken.
+      prefiltered, debug: static. The first changes nothing. The second must be False.
+      antialiasing: whether opacities make up for what is added to covariances on the screen, static.
+    """
+
+    image_height: int = dataclasses.field(metadata={"static": True})
+    image_width: int = dataclasses.field(metadata={"static": True})
+    tanfovx: float | Array
+    tanfovy: float | Array
+    bg: Array
+    scale_modifier: float | Array
+    viewmatrix: Array
+    projmatrix: Array
+    sh_degree: int = dataclasses.field(metadata={"static": True})
+    campos: Array
+    prefiltered: bool = dataclasses.field(metadata={"static": True})
+    debug: bool = dataclasses.field(metadata={"static": True})
+    antialiasing: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianRasterizer:
+    """``rasterize_gaussians`` with settings; called with keywords as the original is."""
+
+    raster_settings: GaussianRasterizationSettings
+
+    def __call__(
+        self,
+        means3D: Array,
+        means2D: Array,
+        opacities: Array,
+        shs: Array | None = None,
+        colors_precomp: Array | None = None,
+        scales: Array | None = None,
+        rotations: Array | None = None,
+        cov3D_precomp: Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See ``rasterize_gaussians``.
+
+        Raises:
+          ValueError: unless exactly one of shs and colors_precomp is given, and exactly one of scales with rotations
+            and cov3D_precomp.
+        """
+        return rasterize_gaussians(
+            means3D,
+            means2D,
+            shs,
+            colors_precomp,
+            opacities,
+            scales,
+            rotations,
+            cov3D_precomp,
+            self.raster_settings,
+        )
+
+    def mark_visible(self, positions: Array) -> jax.Array:
+        """Which of the positions (P, 3) lie behind the near plane, as the camera looks: (P,) bool."""
+        viewmat = jnp.asarray(self.raster_settings.viewmatrix)
+        return _rows_times(jnp.asarray(positions), viewmat)[:, 2] > _NEAR
+
+    markVisible = mark_visible
+
+
+def rasterize_gaussians(
+    means3D: Array,
+    means2D: Array | None,
+    sh: Array | None,
+    colors_precomp: Array | None,
+    opacities: Array,
+    scales: Array | None,
+    rotations: Array | None,
+    cov3Ds_precomp: Array | None,
+    raster_settings: GaussianRasterizationSettings,
+    *,
+    capacity: int | None = None,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """An image of Gaussians and their radii, by the original's conventions; differentiable in all float arrays.
+
+    Args:
+      means3D: (P, 3). means2D: (P, 3) or None: its value is ignored, its gradient is that in the projected mean, in
+        normalised device coordinates: the gradient in pixels times (width/2, height/2), and 0.
+      sh: (P, M, 3) coefficients, or None with colors_precomp, (P, 3).
+      opacities: (P, 1) or (P,).
+      scales: (P, 3) and rotations: (P, 4), scalar first and not normalised, or None with cov3Ds_precomp: (P, 6), the
+        entries xx, xy, xz, yy, yz, zz of covariances.
+      raster_settings: the camera.
+      capacity, implementation: as of ``render_gaussians``.
+
+    Returns:
+      color (3, height, width), and radii (P,) int32, as of ``render_gaussians``.
+
+    Raises:
+      ValueError: for arguments that are missing or given twice, shapes, and ``debug``. TypeError: for dtypes.
+    """
+    s = raster_settings
+    if (sh is None) == (colors_precomp is None):
+        raise ValueError("Please provide exactly one of either SHs or precomputed colors!")
+    if cov3Ds_precomp is None and (scales is None or rotations is None):
+        raise ValueError("Please provide exactly one of either scale/rotation pair or precomputed 3D covariance!")
+    if cov3Ds_precomp is not None and not (scales is None and rotations is None):
+        raise ValueError("Please provide exactly one of either scale/rotation pair or precomputed 3D covariance!")
+    if s.debug:
+        raise ValueError(
+            "debug is True, expected False: arguments are not saved where something fails. "
+            "jax.config.update('jax_debug_nans', True) stops where something is not finite."
+        )
+    given = _arrays(
+        means3D=means3D,
+        means2D=means2D,
+        sh=sh,
+        colors_precomp=colors_precomp,
+        opacities=opacities,
+        scales=scales,
+        rotations=rotations,
+        cov3Ds_precomp=cov3Ds_precomp,
+    )
+    means = given["means3D"]
+    P, dtype = means.shape[0], means.dtype
+    camera = {
+        name: jnp.asarray(getattr(s, name), dtype)
+        for name in ("tanfovx", "tanfovy", "bg", "scale_modifier", "viewmatrix", "projmatrix", "campos")
+    }
+    expected = {"bg": (3,), "viewmatrix": (4, 4), "projmatrix": (4, 4), "campos": (3,)}
+    for name, a in camera.items():
+        if a.shape != expected.get(name, ()):
+            raise ValueError(f"{name} of the settings has shape {a.shape}, expected {expected.get(name, ())}.")
+
+    W, H = s.image_width, s.image_height
+    size = jnp.array([W, H], dtype)
+    focal = size / 2 / jnp.stack([camera["tanfovx"], camera["tanfovy"]])
+    K = jnp.zeros((3, 3), dtype).at[(0, 1), (0, 1)].set(focal).at[(0, 1), (2, 2)].set(size / 2).at[2, 2].set(1)
+    colors = given["colors_precomp"] if sh is None else _seen_from(camera["campos"], means, given["sh"], s.sh_degree)
+    color, _, _, radii = render_gaussians(
+        means,
+        None,
+        None,
+        given["opacities"].reshape(P),
+        colors,
+        camera["viewmatrix"].T,
+        K,
+        W,
+        H,
+        background=camera["bg"],
+        covariances=_covariances(given, camera["scale_modifier"]),
+        near=_NEAR,
+        antialiased=s.antialiasing,
+        extent="3sigma",
+        means2d_offset=_offsets(means, given.get("means2D"), camera, focal, size),
+        capacity=capacity,
+        implementation=implementation,
+    )
+    return color.transpose(2, 0, 1), radii
+
+
+def _arrays(**given: Any) -> dict[str, jax.Array]:
+    """Those that are given, of one float dtype and of the right shapes."""
+    some = {name: checks.as_array(name, a) for name, a in given.items() if a is not None}
+    means = some["means3D"]
+    if means.ndim != 2 or means.shape[1] != 3:
+        raise ValueError(f"means3D has shape {means.shape}, expected (P, 3). For several scenes use jax.vmap.")
+    P = means.shape[0]
+    expected: dict[str, tuple[tuple[int, ...], ...]] = {
+        "means2D": ((P, 3),),
+        "colors_precomp": ((P, 3),),
+        "opacities": ((P, 1), (P,)),
+        "scales": ((P, 3),),
+        "rotations": ((P, 4),),
+        "cov3Ds_precomp": ((P, 6),),
+    }
+    for name, a in some.items():
+        if a.dtype != means.dtype:
+            raise TypeError(
+                f"{name} has dtype {a.dtype}, expected {means.dtype}, that of means3D. Convert one of them with astype."
+            )
+        if name in expected and a.shape not in expected[name]:
+            raise ValueError(f"{name} has shape {a.shape}, expected {' or '.join(map(str, expected[name]))}.")
+        if name == "sh" and (a.ndim != 3 or (a.shape[0], a.shape[2]) != (P, 3)):
+            raise ValueError(f"sh has shape {a.shape}, expected ({P}, M, 3).")
+    return some
+
+
+def _rows_times(points: jax.Array, matrix: jax.Array) -> jax.Array:
+    """[x, y, z, 1] matrix, by sums: matrix units would round."""
+    return (points[:, :, None] * matrix[None, :3]).sum(1) + matrix[None, 3]
+
+
+def _covariances(given: dict[str, jax.Array], scale_modifier: jax.Array) -> jax.Array:
+    """(P, 3, 3); NaN, which is not drawn, where they are not finite."""
+    if "cov3Ds_precomp" in given:
+        xx, xy, xz, yy, yz, zz = given["cov3Ds_precomp"].T
+        return jnp.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], -1).reshape(-1, 3, 3)
+    rotations, scales = given["rotations"], given["scales"]
+    finite = jnp.isfinite(rotations).all(-1) & jnp.isfinite(scales).all(-1)
+    w, x, y, z = jnp.where(finite[None], rotations.T, 0)
+    axes = (
+        *(1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        *(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    )
+    half = jnp.stack(axes, -1).reshape(-1, 3, 3) * (scale_modifier * jnp.where(finite[:, None], scales, 0))[:, None]
+    return jnp.where(finite[:, None, None], (half[:, :, None] * half[:, None]).sum(-1), jnp.nan)
+
+
+def _seen_from(campos: jax.Array, means: jax.Array, sh: jax.Array, degree: int) -> jax.Array:
+    """Colours in the direction from the camera; NaN, which is not drawn, where they are not finite."""
+    degree, count = checks.static_integer("sh_degree", degree), (degree + 1) ** 2
+    if not 0 <= degree <= 3 or sh.shape[1] < count:
+        raise ValueError(
+            f"sh_degree is {degree} and sh has shape {sh.shape}, expected a degree of 0 to 3 and (degree + 1)² or more "
+            "coefficients."
+        )
+    sight = means - campos[None]
+    length = jnp.square(sight).sum(-1, keepdims=True)
+    usable = jnp.isfinite(length) & (length > 0)
+    sight = jnp.where(usable, sight, 1)
+    directions = sight / jnp.sqrt(jnp.square(sight).sum(-1, keepdims=True))
+    colors, finite = harmonics.colors(sh[:, :count], directions.T, degree)
+    return jnp.where((usable[:, 0] & finite)[:, None], colors, jnp.nan)
+
+
+def _offsets(
+    means: jax.Array, means2D: jax.Array | None, camera: dict[str, jax.Array], focal: jax.Array, size: jax.Array
+) -> jax.Array:
+    """From where ``render_gaussians`` puts projected means to where projmatrix does; and means2D's slot."""
+    finite = jnp.isfinite(means).all(-1, keepdims=True)
+    means = jnp.where(finite, means, 0)
+    seen = _rows_times(means, camera["viewmatrix"])[:, :3]
+    seen = jnp.where(finite & (seen[:, 2:] > _NEAR), seen, 1)
+    clip = _rows_times(means, camera["projmatrix"])
+    w = clip[:, 3:] + 1e-7
+    # In pixels whose centres are whole numbers and a half: half a pixel more than the original's.
+    half = size[None] / 2
+    position = (clip[:, :2] / jnp.where(w == 0, 1, w) + 1) * half
+    offset = position - (focal[None] * seen[:, :2] / seen[:, 2:] + half)
+    if means2D is None:
+        return offset
+    slot = jnp.where(jnp.isfinite(means2D), means2D, 0)[:, :2]
+    return offset + (slot - jax.lax.stop_gradient(slot)) * half
