@@ -22,6 +22,9 @@
 #include "mlp/cuda.h"
 #include "mlp/formulas.h"
 
+// Before sm_80 there is no TF32: nothing is compiled for these but empty kernels, and functions that none calls.
+#pragma nv_diag_suppress 177
+
 namespace knn::KNN_ISA {
 namespace {
 
@@ -718,6 +721,7 @@ inline constexpr int kThreads = kBackward ? 384 : 256;
 template <class P, bool kBackward>
 __global__ void __launch_bounds__(kThreads<kBackward>, kBackward ? 1 : 2)
     RunTiles(const __grid_constant__ Mlp<float, float> mlp, const __grid_constant__ Plan plan, float* pieces) {
+#if __CUDA_ARCH__ >= 800  // others are not served
   extern __shared__ float4 shared[];
   char* const memory = reinterpret_cast<char*>(shared);
   const uint32_t set = blockIdx.x / plan.pieces, part = blockIdx.x - set * plan.pieces;
@@ -749,6 +753,7 @@ __global__ void __launch_bounds__(kThreads<kBackward>, kBackward ? 1 : 2)
   if (!plan.sums_shared) return;
   __syncthreads();
   for (int64_t i = threadIdx.x; i < parameters; i += blockDim.x) piece[i] = sums[i];
+#endif
 }
 
 // Adds the blocks' sums, each warp of a block some of them.
