@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .core import checks
 from .core.checks import Array, Implementation
-from .ops.splat import harmonics, render_gaussians
+from .ops.splat import harmonics, projection, render_gaussians
 
 __all__ = ["GaussianRasterizationSettings", "GaussianRasterizer", "rasterize_gaussians"]
 
@@ -133,9 +133,7 @@ def rasterize_gaussians(
     s = raster_settings
     if (sh is None) == (colors_precomp is None):
         raise ValueError("Please provide exactly one of either SHs or precomputed colors!")
-    if cov3Ds_precomp is None and (scales is None or rotations is None):
-        raise ValueError("Please provide exactly one of either scale/rotation pair or precomputed 3D covariance!")
-    if cov3Ds_precomp is not None and not (scales is None and rotations is None):
+    if [a is None for a in (scales, rotations)] != [cov3Ds_precomp is not None] * 2:
         raise ValueError("Please provide exactly one of either scale/rotation pair or precomputed 3D covariance!")
     if s.debug:
         raise ValueError(
@@ -192,7 +190,7 @@ def rasterize_gaussians(
 
 def _arrays(**given: Any) -> dict[str, jax.Array]:
     """Those that are given, of one float dtype and of the right shapes."""
-    some = {name: checks.as_array(name, a) for name, a in given.items() if a is not None}
+    some = checks.floats(**{name: a for name, a in given.items() if a is not None})
     means = some["means3D"]
     if means.ndim != 2 or means.shape[1] != 3:
         raise ValueError(f"means3D has shape {means.shape}, expected (P, 3). For several scenes use jax.vmap.")
@@ -206,10 +204,6 @@ def _arrays(**given: Any) -> dict[str, jax.Array]:
         "cov3Ds_precomp": ((P, 6),),
     }
     for name, a in some.items():
-        if a.dtype != means.dtype:
-            raise TypeError(
-                f"{name} has dtype {a.dtype}, expected {means.dtype}, that of means3D. Convert one of them with astype."
-            )
         if name in expected and a.shape not in expected[name]:
             raise ValueError(f"{name} has shape {a.shape}, expected {' or '.join(map(str, expected[name]))}.")
         if name == "sh" and (a.ndim != 3 or (a.shape[0], a.shape[2]) != (P, 3)):
@@ -229,14 +223,10 @@ def _covariances(given: dict[str, jax.Array], scale_modifier: jax.Array) -> jax.
         return jnp.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], -1).reshape(-1, 3, 3)
     rotations, scales = given["rotations"], given["scales"]
     finite = jnp.isfinite(rotations).all(-1) & jnp.isfinite(scales).all(-1)
-    w, x, y, z = jnp.where(finite[None], rotations.T, 0)
-    axes = (
-        *(1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
-        *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
-        *(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
-    )
-    half = jnp.stack(axes, -1).reshape(-1, 3, 3) * (scale_modifier * jnp.where(finite[:, None], scales, 0))[:, None]
-    return jnp.where(finite[:, None, None], (half[:, :, None] * half[:, None]).sum(-1), jnp.nan)
+    axes = projection.axes(jnp.where(finite[None], rotations.T, 0), 2.0)
+    half = axes * (scale_modifier * jnp.where(finite[None], scales.T, 0))[:, None]
+    matrices = (half[:, :, None] * half[:, None]).sum(0).transpose(2, 0, 1)
+    return jnp.where(finite[:, None, None], matrices, jnp.nan)
 
 
 def _seen_from(campos: jax.Array, means: jax.Array, sh: jax.Array, degree: int) -> jax.Array:

@@ -21,6 +21,20 @@ def as_array(name: str, a: Any) -> jax.Array:
     return jnp.asarray(a)
 
 
+def floats(**given: Any) -> dict[str, jax.Array]:
+    """Arrays by name, all float32 or all float64."""
+    arrays = {name: as_array(name, a) for name, a in given.items()}
+    first, dtype = next((name, a.dtype) for name, a in arrays.items())
+    if dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"{first} has dtype {dtype}, expected float32 or float64. Convert it with astype.")
+    for name, a in arrays.items():
+        if a.dtype != dtype:
+            raise TypeError(
+                f"{name} has dtype {a.dtype}, expected {dtype}, that of {first}. Convert one of them with astype."
+            )
+    return arrays
+
+
 def static_integer(name: str, value: Any) -> int:
     try:
         if isinstance(value, bool):

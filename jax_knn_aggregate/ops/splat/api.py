@@ -260,16 +260,7 @@ def _arrays(**given: Any) -> dict[str, jax.Array]:
         for name in ("quats", "scales"):
             if given[name] is not None:
                 raise ValueError(f"{name} is given beside covariances, expected None: the shape would be given twice.")
-    some = {name: checks.as_array(name, a) for name, a in given.items() if not (a is None and name in _OPTIONAL)}
-    dtype = some["means"].dtype
-    if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"means has dtype {dtype}, expected float32 or float64. Convert it with astype.")
-    for name, a in some.items():
-        if a.dtype != dtype:
-            raise TypeError(
-                f"{name} has dtype {a.dtype}, expected {dtype}, that of means. Convert one of them with astype."
-            )
-    return some
+    return checks.floats(**{name: a for name, a in given.items() if not (a is None and name in _OPTIONAL)})
 
 
 _OPTIONAL = ("quats", "scales", "covariances", "background", "means2d_offset")

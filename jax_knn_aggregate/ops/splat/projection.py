@@ -137,14 +137,18 @@ def ellipsoids(quats: jax.Array, scales: jax.Array) -> Ellipsoids:
     """Of quaternions (P, 4), of any length but 0, which makes NaN, and scales (P, 3)."""
     # The rotation is that of any multiple, so a constant one may keep squares in range.
     q = (quats / lax.stop_gradient(jnp.abs(quats).max(-1, keepdims=True))).T
+    return Ellipsoids(axes(q, 2 / dot(q, q)), scales.T)
+
+
+def axes(q: jax.Array, s: jax.Array | float) -> jax.Array:
+    """Of quaternions (4, P) the columns of 1 + s·(products of two components), rotations if s is 2/|q|²: (3, 3, P)."""
     w, x, y, z = parts(q)
-    s = 2 / dot(q, q)
-    axes = (  # the columns of the rotation
+    columns = (
         *(1 - s * (y * y + z * z), s * (x * y + w * z), s * (x * z - w * y)),
         *(s * (x * y - w * z), 1 - s * (x * x + z * z), s * (y * z + w * x)),
         *(s * (x * z + w * y), s * (y * z - w * x), 1 - s * (x * x + y * y)),
     )
-    return Ellipsoids(jnp.stack(axes).reshape(3, 3, -1), scales.T)
+    return jnp.stack(columns).reshape(3, 3, -1)
 
 
 def covariances(matrices: jax.Array) -> Covariances:
