@@ -317,7 +317,7 @@ __device__ __forceinline__ void Stage(const Splat<T>& args, int64_t b, const Wal
 
 // Which of the 32 entries from `first` on this warp goes through.
 template <class S>
-__device__ __forceinline__ unsigned OfWarp(const S& staged, int first) {
+__device__ __forceinline__ unsigned EntriesOfWarp(const S& staged, int first) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   return __ballot_sync(kFullMask, staged.warps[first + lane] >> warp & 1);
 }
@@ -325,7 +325,7 @@ __device__ __forceinline__ unsigned OfWarp(const S& staged, int first) {
 // What a Gaussian covers of a pixel.
 template <class N>
 struct Cover {
-  N dx, dy, raw, alpha;
+  N raw, alpha;
   bool saturates;
 };
 
@@ -347,8 +347,8 @@ __device__ __forceinline__ Dual<T> Reciprocal(Dual<T> x) {
 
 template <class N, class T>
 __device__ __forceinline__ bool Covers(const Flat<N>& g, T x, T y, Cover<N>& c) {
-  c.dx = g.x - Constant<N>(x), c.dy = g.y - Constant<N>(y);
-  const N q = Exponent(g, c.dx, g.b * c.dy, g.half_c * c.dy * c.dy);
+  const N dx = g.x - Constant<N>(x), dy = g.y - Constant<N>(y);
+  const N q = Exponent(g, dx, g.b * dy, g.half_c * dy * dy);
   if (!(ValueOf(q) <= 0)) return false;
   c.raw = g.opacity * FastExp(q);
   if (!(ValueOf(c.raw) >= static_cast<T>(kLeastAlpha))) return false;
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 4 : 1)
       __syncthreads();
 #pragma unroll 1
       for (int some = 0; some < kEntries; some += kWarp) {
-        unsigned bits = OfWarp(staged, some);
+        unsigned bits = EntriesOfWarp(staged, some);
         if (!__any_sync(kFullMask, open)) break;
         for (; bits != 0; bits &= bits - 1) {
           const int i = some + __ffs(bits) - 1;
@@ -438,28 +438,6 @@ __device__ __forceinline__ int WarpMax(int x) {
   return x;
 }
 
-// Sums over a warp of kCount numbers of each lane, a power of two up to 32, that leave number i with the lanes from
-// i·32/kCount on: at each step a lane gives away half of its numbers and gets the other half's of another lane.
-template <int kCount, class T>
-__device__ __forceinline__ T WarpSums(T (&x)[kCount]) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int step = kWarp / 2, n = kCount; step > 0; step /= 2) {
-    if (n > 1) {
-      n /= 2;
-      const bool upper = (lane & step) != 0;
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const T give = upper ? x[i] : x[i + n], keep = upper ? x[i + n] : x[i];
-        x[i] = keep + __shfl_xor_sync(kFullMask, give, step);
-      }
-    } else {
-      x[0] += __shfl_xor_sync(kFullMask, x[0], step);
-    }
-  }
-  return x[0];
-}
-
 // What backward leaves: of a pair, in its slot; or, without lists, of a Gaussian: first the largest terms, then sums.
 template <class T>
 struct Left {
@@ -487,34 +465,81 @@ template <class T, class N, int kC>
 struct Back {
   static constexpr bool kDual = !std::is_same_v<N, T>;
   static constexpr int kOfMoments = kDual ? 2 * kMoments : kMoments, kWidth = kOfMoments + kC;
-  // Entries at a time: as many as fit 40 KB with a sum for each warp, up to 64.
-  static constexpr int kRoom = 40960 / (kWarps * kWidth * static_cast<int>(sizeof(T)));
-  static constexpr int kEntries = kRoom >= 64 ? 64 : kRoom >= 32 ? 32 : 16;
+  // Entries staged at a time, and those of them that a warp sums at a time: shared memory has room for them.
+  static constexpr int kEntries = kC > 4 || sizeof(T) == 8 ? 16 : 64;
+  static constexpr int kGroup = sizeof(N) == 4 ? 8 : sizeof(N) == 8 ? 4 : 2;
   static constexpr int kWords = (kEntries + kWarp - 1) / kWarp;
 
+  // What a warp has: its pixels' cotangents; and of entries that it has been through, q̄ and weight at each pixel.
+  struct OfWarp {
+    alignas(16) N ct[kWarp][kC];
+    N q_bar[kGroup][kWarp + 1], weight[kGroup][kWarp + 1];  // rows are in banks of their own
+    int32_t entry[kGroup];
+    T sums[kEntries][kWidth];
+    unsigned touched[kWords];
+    T of_background[kC];
+    int32_t last;
+  };
   struct Shared {
     Staged<N, kWords * kWarp, kC> staged;
-    T sums[kWarps][kEntries][kWidth];
-    unsigned touched[kWarps][kWords];
-    int32_t last[kWarps];
-    T of_background[kWarps][kC];
+    OfWarp warp[kWarps];
   };
 
-  // Leaves numbers in shared memory as WarpSums spreads them.
-  template <int kCount>
-  static __device__ __forceinline__ void Put(T (&x)[kCount], T* to, int count) {
-    const T sum = WarpSums(x);
-    const int lane = threadIdx.x % kWarp, i = lane / (kWarp / kCount);
-    if (lane % (kWarp / kCount) == 0 && i < count) to[i] = sum;
+  // Sums over the warp's pixels, of n entries. A lane has an entry and a part of the pixels.
+  static __device__ __forceinline__ void SumPixels(const Staged<N, kWords * kWarp, kC>& staged, OfWarp& mine, int n,
+                                                   T left, T top) {
+    const int lane = threadIdx.x % kWarp, e = lane % kGroup, first = lane / kGroup * kGroup;
+    __syncwarp();
+    const bool there = e < n;
+    const int i = there ? mine.entry[e] : 0;
+    const N gx = there ? staged.flat[i].x : N{}, gy = there ? staged.flat[i].y : N{};
+    const N dy = gy - Constant<N>(top + static_cast<T>(first / kWarpColumns) + T(0.5));
+    N moments[kMoments] = {};
+    T channels[kC] = {};
+#pragma unroll
+    for (int s = 0; s < kGroup; ++s) {
+      const int p = first + s;
+      const N q_bar = there ? mine.q_bar[e][p] : N{}, weight = there ? mine.weight[e][p] : N{};
+      const N dx = gx - Constant<N>(left + static_cast<T>(p % kWarpColumns) + T(0.5));
+      const N q_dx = q_bar * dx, q_dy = q_bar * dy;
+      moments[0] = moments[0] + q_bar;
+      moments[1] = moments[1] + q_dx;
+      moments[2] = moments[2] + q_dy;
+      moments[3] = Fma(q_dx, dx, moments[3]);
+      moments[4] = Fma(q_dx, dy, moments[4]);
+      moments[5] = Fma(q_dy, dy, moments[5]);
+#pragma unroll
+      for (int c = 0; c < kC; ++c) {
+        if constexpr (kDual) {
+          const N g = mine.ct[p][c];
+          channels[c] = Fma(weight.value, g.tangent, Fma(weight.tangent, g.value, channels[c]));
+        } else {
+          channels[c] = Fma(weight, mine.ct[p][c], channels[c]);
+        }
+      }
+    }
+    const auto over_parts = [&](int k, T sum) {
+#pragma unroll
+      for (int step = kGroup; step < kWarp; step *= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
+      if (there && first == 0) mine.sums[i][k] = sum;
+    };
+#pragma unroll
+    for (int m = 0; m < kMoments; ++m) {
+      over_parts(m, ValueOf(moments[m]));
+      if constexpr (kDual) over_parts(kMoments + m, moments[m].tangent);
+    }
+#pragma unroll
+    for (int c = 0; c < kC; ++c) over_parts(kOfMoments + c, channels[c]);
+    __syncwarp();
   }
 
   // Of entry i, the k-th Gaussian of the tile, whose sums are complete.
   static __device__ void Leave(const Splat<T>& args, const Walk<T>& walk, const Left<T>& to, const Shared& shared,
                                int i, int32_t k, int first, int pass, int log_terms) {
-    const T* sums = shared.sums[0][i];
+    const T* sums = shared.warp[0].sums[i];
     const int64_t row = (walk.listed ? walk.slots[walk.begin + k] : shared.staged.owner[i]) * int64_t{to.width};
     unsigned touched = 0;
-    for (int w = 0; w < kWarps; ++w) touched |= shared.touched[w][i / kWarp] >> i % kWarp & 1;
+    for (int w = 0; w < kWarps; ++w) touched |= shared.warp[w].touched[i / kWarp] >> i % kWarp & 1;
     if (touched == 0 && !walk.listed) return;
     const auto leave = [&](int n, T term) {
       if (walk.listed) {
@@ -550,22 +575,27 @@ struct Back {
 };
 
 template <class T, class N, int kC>
-__global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, kC > 4 || sizeof(N) > 8 ? 1
+                                            : sizeof(N) == 8        ? 2
+                                                                    : 3)
     Backward(const __grid_constant__ Splat<T> args, int64_t b, const __grid_constant__ Left<T> left_over, int pass,
              int log_terms) {
   using B = Back<T, N, kC>;
   constexpr bool kDual = B::kDual;
   constexpr int kEntries = B::kEntries;
-  __shared__ typename B::Shared shared;
-  const int C = args.channel_count, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  extern __shared__ double2 memory[];
+  auto& shared = *reinterpret_cast<typename B::Shared*>(memory);
+  const int C = args.channel_count, lane = threadIdx.x % kWarp;
+  auto& mine = shared.warp[threadIdx.x / kWarp];
   const Walk<T> walk(args, b, static_cast<int>(blockIdx.x));
   if (walk.listed && pass > 0) return;
   const int64_t pixels = int64_t{args.screen.width} * args.screen.height;
   const Pixel<T> pixel(args.screen, walk.column, walk.row);
   const T x = static_cast<T>(pixel.x) + T(0.5), y = static_cast<T>(pixel.y) + T(0.5);
+  // Where the warp's pixels begin.
+  const T left = static_cast<T>(pixel.x - lane % kWarpColumns), top_row = static_cast<T>(pixel.y - lane / kWarpColumns);
   const Row<N, T> channels(args.channels, args.batch, b), background(args.background, args.batch, b);
   const Cotangent<N, T> image_ct(args.image_ct, args.batch, b), alpha_ct(args.alpha_ct, args.batch, b);
-  const bool wants_channels = args.channels_bar != nullptr;
 
   N end = {};  // transmittance at the end
   int32_t last = 0;
@@ -579,10 +609,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 3 : 1)
     last = At(args.last, args.batch, b)[pixel.number];
   }
   const int32_t warp_last = WarpMax(last);
-  if (lane == 0) shared.last[warp] = warp_last;
+  if (lane == 0) mine.last = warp_last;
   __syncthreads();
   int32_t block_last = 0;
-  for (int w = 0; w < kWarps; ++w) block_last = max(block_last, shared.last[w]);
+  for (int w = 0; w < kWarps; ++w) block_last = max(block_last, shared.warp[w].last);
 
   if (walk.listed) {  // nothing is left of pairs behind
     for (int64_t i = threadIdx.x; i < int64_t{walk.count - block_last} * left_over.width; i += kThreads) {
@@ -603,13 +633,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 3 : 1)
         behind = Fma(background[first + c], ct[c], behind);
       }
       const T sum = WarpSum(Result(end * ct[c]));
-      if (lane == 0) shared.of_background[warp][c] = sum;
+      if (lane == 0) mine.of_background[c] = sum;
+      mine.ct[lane][c] = ct[c];
     }
     behind = behind * end;
     __syncthreads();
     if (pass == 0 && threadIdx.x < kC && first + static_cast<int>(threadIdx.x) < C) {
       T sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += shared.of_background[w][threadIdx.x];
+      for (int w = 0; w < kWarps; ++w) sum += shared.warp[w].of_background[threadIdx.x];
       left_over.of_background[int64_t{blockIdx.x} * C + first + threadIdx.x] = sum;
     }
 
@@ -624,10 +655,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 3 : 1)
         }
       }
       __syncthreads();
+      int n = 0;  // entries whose pixels are not summed yet
 #pragma unroll 1
       for (int word = B::kWords - 1; word >= 0; --word) {
         unsigned touched = 0;
-        for (unsigned bits = OfWarp(shared.staged, word * kWarp); bits != 0;) {
+        for (unsigned bits = EntriesOfWarp(shared.staged, word * kWarp); bits != 0;) {
           const int bit = 31 - __clz(bits), i = word * kWarp + bit;
           bits &= ~(1u << bit);
           if (base + i >= warp_last) continue;
@@ -635,7 +667,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 3 : 1)
           const bool counts = base + i < last && Covers(shared.staged.flat[i], x, y, cover);
           if (!__any_sync(kFullMask, counts)) continue;
           touched |= 1u << bit;
-          N weight = {}, q_bar = {}, q_dx = {}, q_dy = {}, dx = {}, dy = {};
+          N weight = {}, q_bar = {};
           if (counts) {
             const N rest = Reciprocal(Constant<N>(T(1)) - cover.alpha), before = through * rest;
             weight = cover.alpha * before;
@@ -646,47 +678,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 3 : 1)
             if (!cover.saturates) q_bar = cover.raw * alpha_bar;
             behind = Fma(weight, u, behind);
             through = before;
-            dx = cover.dx, dy = cover.dy;
-            q_dx = q_bar * dx, q_dy = q_bar * dy;
           }
-          const N moments[kMoments] = {q_bar, q_dx, q_dy, q_dx * dx, q_dx * dy, q_dy * dy};
-          T* sums = shared.sums[warp][i];
-          if constexpr (kC <= 4) {
-            T all[16] = {};
-#pragma unroll
-            for (int m = 0; m < kMoments; ++m) {
-              all[m] = ValueOf(moments[m]);
-              if constexpr (kDual) all[kMoments + m] = moments[m].tangent;
-            }
-#pragma unroll
-            for (int c = 0; c < kC; ++c) all[B::kOfMoments + c] = Result(weight * ct[c]);
-            B::Put(all, sums, B::kWidth);
-          } else {
-            T some[kDual ? 16 : 8] = {}, of_channels[kC];
-#pragma unroll
-            for (int m = 0; m < kMoments; ++m) {
-              some[m] = ValueOf(moments[m]);
-              if constexpr (kDual) some[kMoments + m] = moments[m].tangent;
-            }
-            B::Put(some, sums, B::kOfMoments);
-            if (wants_channels) {
-#pragma unroll
-              for (int c = 0; c < kC; ++c) of_channels[c] = Result(weight * ct[c]);
-              B::Put(of_channels, sums + B::kOfMoments, kC);
-            }
+          mine.q_bar[n][lane] = q_bar, mine.weight[n][lane] = weight;
+          if (lane == 0) mine.entry[n] = i;
+          if (++n == B::kGroup) {
+            B::SumPixels(shared.staged, mine, n, left, top_row);
+            n = 0;
           }
         }
-        if (lane == 0) shared.touched[warp][word] = touched;
+        if (lane == 0) mine.touched[word] = touched;
       }
+      if (n > 0) B::SumPixels(shared.staged, mine, n, left, top_row);
       __syncthreads();
       // Over warps, in their order; each sum by one thread.
       for (int j = threadIdx.x; j < kEntries * B::kWidth; j += kThreads) {
         const int i = j / B::kWidth, n = j % B::kWidth;
         T sum = 0;
         for (int w = 0; w < kWarps; ++w) {
-          if (shared.touched[w][i / kWarp] >> i % kWarp & 1) sum += shared.sums[w][i][n];
+          const auto& of_warp = shared.warp[w];
+          if (of_warp.touched[i / kWarp] >> i % kWarp & 1) sum += of_warp.sums[i][n];
         }
-        shared.sums[0][i][n] = sum;
+        shared.warp[0].sums[i][n] = sum;
       }
       __syncthreads();
       if (threadIdx.x < kEntries && base + static_cast<int>(threadIdx.x) >= 0) {
@@ -791,13 +803,15 @@ cudaError_t LaunchBackward(const Splat<T>& args, char* scratch, int64_t bytes, c
   left_over.sums = reinterpret_cast<unsigned long long*>(scratch);
   left_over.largest = reinterpret_cast<typename Left<T>::Bits*>(scratch + terms * 8);
   left_over.of_background = reinterpret_cast<T*>(scratch + of_pairs);
+  constexpr size_t shared = sizeof(typename Back<T, N, kC>::Shared);
+  if (cudaError_t error = AllowSharedMemory(Backward<T, N, kC>, shared); error != cudaSuccess) return error;
   int log_terms = 0;
   while (int64_t{1} << log_terms < int64_t{tiles} * CeilDiv(C, kC)) ++log_terms;
   for (int64_t b = 0; b < Count(args.batch); ++b) {
     ClearSums<<<static_cast<unsigned>(Max(1, Min(CeilDiv(terms, kThreads), 1024))), kThreads, 0, stream>>>(args, b,
                                                                                                            left_over);
     for (int pass = 0; pass < 2; ++pass) {
-      Backward<T, N, kC><<<tiles, kThreads, 0, stream>>>(args, b, left_over, pass, log_terms);
+      Backward<T, N, kC><<<tiles, kThreads, shared, stream>>>(args, b, left_over, pass, log_terms);
     }
     if (args.P > 0) SumPairs<<<Blocks(args.P * kWarp), kThreads, 0, stream>>>(args, b, left_over, log_terms);
     if (args.background_bar != nullptr) SumTiles<<<C, kThreads, 0, stream>>>(args, b, left_over.of_background);
