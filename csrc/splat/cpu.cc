@@ -90,8 +90,9 @@ struct List {
     for (int64_t r = begin; r < end; ++r) {
       const Footprint<T> f = Of(args, b, order[r]);
       for (int row = f.y0; row < f.y1; ++row) {
-        for (int column = f.x0; column < f.x1; ++column) {
-          if (TouchesTile(f, args.screen, column, row)) run(r, order[r], row * TileColumns(args.screen) + column);
+        const Columns columns = ColumnsOf(f, args.screen, row);
+        for (int column = columns.from; column < columns.to; ++column) {
+          run(r, order[r], row * TileColumns(args.screen) + column);
         }
       }
     }
@@ -229,12 +230,8 @@ struct Blend {
           opacities[g]};
       const T mean[2] = {ValueOf(flat.x), ValueOf(flat.y)};
       const T conic[3] = {2 * ValueOf(flat.half_a), ValueOf(flat.b), 2 * ValueOf(flat.half_c)};
-      const Footprint<T> f = Unbounded(args.screen, mean, conic, ValueOf(flat.opacity));
-      packed[g] = {flat, -f.most - T(1e-3), Precision<T>::kMost};
-      if (!f.definite) continue;
-      T width, height;
-      HalfSizes(f, width, height);
-      if (height < Precision<T>::kMost) packed[g].half_height = height;
+      const Footprint<T> f = FootprintOf(args.screen, mean, conic, ValueOf(flat.opacity), nullptr);
+      packed[g] = {flat, -Log(255 * ValueOf(flat.opacity)) - T(1e-3), f.half_y};
     }
   }
 
@@ -274,8 +271,9 @@ struct Blend {
       const T conic[3] = {2 * ValueOf(flat.half_a), ValueOf(flat.b), 2 * ValueOf(flat.half_c)};
       const Footprint<T> f =
           FootprintOf(args.screen, mean, conic, ValueOf(flat.opacity), reach == nullptr ? nullptr : reach + 4 * g);
-      const bool inside = f.x0 <= column && column < f.x1 && f.y0 <= row && row < f.y1;
-      return inside && TouchesTile(f, args.screen, column, row) ? g : -1;
+      if (row < f.y0 || row >= f.y1) return -1;
+      const Columns columns = ColumnsOf(f, args.screen, row);
+      return columns.from <= column && column < columns.to ? g : -1;
     }
   };
 

@@ -1,17 +1,18 @@
 // Gaussians by tile, and their blending, on CUDA.
 //
-// Lists: Gaussians are sorted by depth; each counts its tiles; a running sum says where its pairs begin; it writes
-// them; pairs, which are in the order of ranks, are sorted stably by tile. How many there are only the device knows:
-// sorts are over all that lists have room for, and where there is too little room nobody writes pairs.
+// Lists: Gaussians are sorted by depth; each counts its tiles; running sums say where its slots and, by rank, its pairs
+// begin; it writes them; pairs, which are in the order of ranks, are sorted stably by tile. How many there are only the
+// device knows: sorts are over all that lists have room for, and where there is too little room nobody writes pairs.
 //
 // Blending: a block has a tile and a thread a pixel; a warp has 8 x 4 pixels. Gaussians are staged in shared memory
 // some at a time, and who stages one finds out which warps it may touch, so that warps go through those alone. Without
 // lists the same kernels stage all Gaussians, and most touch no warp.
 //
-// Gradients: a warp sums over its pixels by exchanges that leave each lane with one of the sums, the block sums over
-// its warps, in their order, and writes to the pair's slot; slots of a Gaussian are neighbours and are summed in their
-// order. Without lists there are no slots. Then blocks add whole numbers, which come to the same sum in any order:
-// multiples of a step that is found from the largest of a Gaussian's terms, in a pass before.
+// Gradients: of some Gaussians, a warp notes what they are at each of its pixels; then a lane has a Gaussian, and a
+// part of the pixels to sum over. The block sums over its warps, in their order, and writes to the pair's slot; slots
+// of a Gaussian are neighbours and are summed in their order. Without lists there are no slots. Then blocks add whole
+// numbers, which come to the same sum in any order: multiples of a step that is found from the largest of a Gaussian's
+// terms, in a pass before.
 
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
@@ -68,63 +69,75 @@ __global__ void DepthKeys(const __grid_constant__ Entry<T> e, uint32_t* keys, in
   numbers[i] = static_cast<int32_t>(i);
 }
 
-// Calls run(tile, n) for the n-th tile of each lane's Gaussian, and returns how many it has. A lane with many is helped
-// by its warp.
+template <class T>
+__device__ Footprint<T> FootprintOfGaussian(const Entry<T>& e, int64_t g) {
+  return FootprintOf(e.screen, e.means + 2 * g, e.conics + 3 * g, e.opacities[g],
+                     e.reach == nullptr ? nullptr : e.reach + 4 * g);
+}
+
+// Calls run(lane, g, n, row, columns) for each row of tiles of each lane's Gaussian g, none if that is negative, `n`
+// pairs of it being in rows above, and returns how many it has. Of one with many rows, the lanes of the warp take one
+// each.
 template <class T, class F>
-__device__ int ForEachTile(const Footprint<T>& mine, const Screen& screen, F&& run) {
-  constexpr int kFew = 8;
-  const int columns = TileColumns(screen), lane = threadIdx.x % kWarp;
-  const int box = mine.empty() ? 0 : (mine.x1 - mine.x0) * (mine.y1 - mine.y0);
-  int found = 0;
-  if (box <= kFew) {
-    for (int row = mine.y0; row < mine.y1; ++row) {
-      for (int column = mine.x0; column < mine.x1; ++column) {
-        if (TouchesTile(mine, screen, column, row)) run(row * columns + column, found++, lane);
-      }
+__device__ int ForEachRow(const Entry<T>& e, int32_t g, F&& run) {
+  constexpr int kFew = 6;
+  const int lane = threadIdx.x % kWarp;
+  int rows = 0, found = 0;
+  if (g >= 0) {
+    const Footprint<T> f = FootprintOfGaussian(e, g);
+    rows = f.empty() ? 0 : f.y1 - f.y0;
+    for (int row = f.y0; row < f.y1 && rows <= kFew && rows > 0; ++row) {
+      const Columns columns = ColumnsOf(f, e.screen, row);
+      run(lane, g, found, row, columns);
+      found += columns.to - columns.from;
     }
   }
-  for (unsigned many = __ballot_sync(kFullMask, box > kFew); many != 0; many &= many - 1) {
-    const int from = __ffs(many) - 1;
-    const auto share = [&](auto x) { return __shfl_sync(kFullMask, x, from); };
-    const Footprint<T> f = {share(mine.x),
-                            share(mine.y),
-                            share(mine.half_a),
-                            share(mine.b),
-                            share(mine.half_c),
-                            share(mine.most),
-                            share(static_cast<int>(mine.definite)) != 0,
-                            share(mine.x0),
-                            share(mine.x1),
-                            share(mine.y0),
-                            share(mine.y1)};
-    const int width = f.x1 - f.x0, size = share(box);
+  for (unsigned many = __ballot_sync(kFullMask, rows > kFew); many != 0; many &= many - 1) {
+    const int of = __ffs(many) - 1;
+    const int32_t shared = __shfl_sync(kFullMask, g, of);
+    const Footprint<T> f = FootprintOfGaussian(e, shared);
     int count = 0;
-    for (int first = 0; first < size; first += kWarp) {
-      const int i = first + lane, row = f.y0 + i / width, column = f.x0 + i % width;
-      const bool touches = i < size && TouchesTile(f, screen, column, row);
-      const unsigned all = __ballot_sync(kFullMask, touches);
-      if (touches) run(row * columns + column, count + __popc(all & ((1u << lane) - 1)), from);
-      count += __popc(all);
+    for (int first = f.y0; first < f.y1; first += kWarp) {
+      const int row = first + lane;
+      Columns columns = {0, 0};
+      if (row < f.y1) columns = ColumnsOf(f, e.screen, row);
+      int up_to = columns.to - columns.from;  // those in rows above, and in this one
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int above = __shfl_up_sync(kFullMask, up_to, step);
+        if (lane >= step) up_to += above;
+      }
+      run(of, shared, count + up_to - (columns.to - columns.from), row, columns);
+      count += __shfl_sync(kFullMask, up_to, kWarp - 1);
     }
-    if (lane == from) found = count;
+    if (lane == of) found = count;
   }
   return found;
 }
 
 template <class T>
-__device__ Footprint<T> FootprintOfRank(const Entry<T>& e, int64_t r) {
-  if (r >= e.P) return {};
-  const int64_t g = e.order[r];
-  return FootprintOf(e.screen, e.means + 2 * g, e.conics + 3 * g, e.opacities[g],
-                     e.reach == nullptr ? nullptr : e.reach + 4 * g);
+__global__ void __launch_bounds__(kThreads) CountPairs(const __grid_constant__ Entry<T> e) {
+  const int64_t g = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int count = ForEachRow(e, g < e.P ? static_cast<int32_t>(g) : -1, [](int, int32_t, int, int, Columns) {});
+  if (g < e.P) e.offsets[g + 1] = count;
+  if (g == 0) e.offsets[0] = 0;
 }
 
+// The same by rank; and the owners of slots.
 template <class T>
-__global__ void __launch_bounds__(kThreads) CountPairs(const __grid_constant__ Entry<T> e) {
-  const int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int count = ForEachTile(FootprintOfRank(e, r), e.screen, [](int, int, int) {});
-  if (r < e.P) e.offsets[r + 1] = count;
-  if (r == 0) e.offsets[0] = 0;
+__global__ void __launch_bounds__(kThreads) CountByRank(const __grid_constant__ Entry<T> e, int32_t* starts) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < e.P) starts[i + 1] = e.offsets[e.order[i] + 1] - e.offsets[e.order[i]];
+  if (i == 0) starts[0] = 0;
+  if (e.offsets[e.P] > e.capacity) return;
+  const int lane = threadIdx.x % kWarp;
+  const int32_t begin = i < e.P ? e.offsets[i] : 0, end = i < e.P ? e.offsets[i + 1] : 0;
+  for (int of = 0; of < kWarp; ++of) {
+    const int32_t to = __shfl_sync(kFullMask, end, of);
+    for (int32_t slot = __shfl_sync(kFullMask, begin, of) + lane; slot < to; slot += kWarp) {
+      e.owners[slot] = static_cast<int32_t>(i - lane + of);
+    }
+  }
 }
 
 // Of numbers that are not negative; what would be too large is the largest.
@@ -132,20 +145,33 @@ struct SaturatingSum {
   __host__ __device__ int32_t operator()(int32_t a, int32_t b) const { return a > INT32_MAX - b ? INT32_MAX : a + b; }
 };
 
-template <class Key>
-__global__ void EmptyPairs(int64_t capacity, Key none, Key* keys, int32_t* slots) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < capacity) keys[i] = none, slots[i] = static_cast<int32_t>(i);
+cudaError_t SumUp(int32_t* counts, int64_t count, void* scratch, int64_t bytes, cudaStream_t stream) {
+  size_t needed = 0;
+  cudaError_t error = cub::DeviceScan::InclusiveScan(nullptr, needed, counts, counts, SaturatingSum(), count, stream);
+  if (error != cudaSuccess) return error;
+  if (static_cast<int64_t>(needed) > bytes) return cudaErrorMemoryAllocation;
+  return cub::DeviceScan::InclusiveScan(scratch, needed, counts, counts, SaturatingSum(), count, stream);
 }
 
+template <class Key>
+__global__ void EmptyPairs(int64_t capacity, Key none, Key* keys) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < capacity) keys[i] = none;
+}
+
+// Pairs by rank, then by tile: their tiles, and their slots.
 template <class T, class Key>
-__global__ void __launch_bounds__(kThreads) WritePairs(const __grid_constant__ Entry<T> e, Key* keys) {
+__global__ void __launch_bounds__(kThreads)
+    WritePairs(const __grid_constant__ Entry<T> e, const int32_t* starts, Key* keys) {
   if (e.offsets[e.P] > e.capacity) return;
-  const int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x, first = r - threadIdx.x % kWarp;
-  ForEachTile(FootprintOfRank(e, r), e.screen, [&](int tile, int n, int lane) {
-    const int64_t rank = first + lane, slot = e.offsets[rank] + n;
-    keys[slot] = static_cast<Key>(tile);
-    e.owners[slot] = e.order[rank];
+  const int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x, of_warp = r - threadIdx.x % kWarp;
+  const int columns_of_screen = TileColumns(e.screen);
+  ForEachRow(e, r < e.P ? e.order[r] : -1, [&](int lane, int32_t g, int n, int row, Columns columns) {
+    const int64_t at = starts[of_warp + lane] + n, slot = e.offsets[g] + n;
+    for (int i = 0; i < columns.to - columns.from; ++i) {
+      keys[at + i] = static_cast<Key>(row * columns_of_screen + columns.from + i);
+      e.slots[at + i] = static_cast<int32_t>(slot + i);
+    }
   });
 }
 
@@ -181,11 +207,17 @@ cudaError_t ListPairs(const Entry<T>& e, char* scratch, int64_t bytes, cudaStrea
   const int tiles = TileCount(e.screen);
   int bits = 1;
   while (tiles >> bits != 0) ++bits;
-  auto* other_slots = reinterpret_cast<int32_t*>(scratch);
+  auto* starts = reinterpret_cast<int32_t*>(scratch);
+  auto* other_slots = starts + e.P + 1;
   auto* keys = reinterpret_cast<Key*>(other_slots + e.capacity);
-  const int64_t used = CeilDiv(e.capacity * (4 + 2 * static_cast<int64_t>(sizeof(Key))), 256) * 256;
-  EmptyPairs<<<Blocks(e.capacity), kThreads, 0, stream>>>(e.capacity, static_cast<Key>(tiles), keys, e.slots);
-  WritePairs<<<Blocks(e.P), kThreads, 0, stream>>>(e, keys);
+  const int64_t words = e.P + 1 + e.capacity, of_keys = 2 * e.capacity * static_cast<int64_t>(sizeof(Key));
+  const int64_t used = CeilDiv(4 * words + of_keys, 256) * 256;
+  CountByRank<<<Blocks(e.P), kThreads, 0, stream>>>(e, starts);
+  if (cudaError_t error = SumUp(starts + 1, e.P, scratch + used, bytes - used, stream); error != cudaSuccess) {
+    return error;
+  }
+  EmptyPairs<<<Blocks(e.capacity), kThreads, 0, stream>>>(e.capacity, static_cast<Key>(tiles), keys);
+  WritePairs<<<Blocks(e.P), kThreads, 0, stream>>>(e, starts, keys);
   cub::DoubleBuffer<Key> key_buffers(keys, keys + e.capacity);
   cub::DoubleBuffer<int32_t> number_buffers(e.slots, other_slots);
   if (cudaError_t error = Sort(key_buffers, number_buffers, e.capacity, bits, scratch + used, bytes - used, stream);
@@ -213,17 +245,22 @@ cudaError_t ListEntry(const Entry<T>& e, char* scratch, int64_t bytes, cudaStrea
   if (error != cudaSuccess) return error;
   if (error = Settle(number_buffers, e.order, e.P, stream); error != cudaSuccess) return error;
   CountPairs<<<Blocks(e.P), kThreads, 0, stream>>>(e);
-  size_t needed = 0;
-  error = cub::DeviceScan::InclusiveScan(nullptr, needed, e.offsets + 1, e.offsets + 1, SaturatingSum(), e.P, stream);
-  if (error != cudaSuccess) return error;
-  if (static_cast<int64_t>(needed) > bytes) return cudaErrorMemoryAllocation;
-  error = cub::DeviceScan::InclusiveScan(scratch, needed, e.offsets + 1, e.offsets + 1, SaturatingSum(), e.P, stream);
-  if (error != cudaSuccess) return error;
+  if (error = SumUp(e.offsets + 1, e.P, scratch, bytes, stream); error != cudaSuccess) return error;
   return TileCount(e.screen) < 65536 ? ListPairs<T, uint16_t>(e, scratch, bytes, stream)
                                      : ListPairs<T, uint32_t>(e, scratch, bytes, stream);
 }
 
 // ---- Blending
+
+template <class T>
+__device__ __forceinline__ bool Listed(const Splat<T>& args, int64_t b) {
+  return At(args.lists.offsets, args.batch, b)[args.P] <= args.capacity;
+}
+
+// A Gaussian in a tile, and the row that its gradients from there are left in: its slot, or without lists its own.
+struct Member {
+  int32_t owner, row;
+};
 
 // The Gaussians that may count in a tile, front to back: those that are listed, or all.
 template <class T>
@@ -236,14 +273,21 @@ struct Walk {
   __device__ Walk(const Splat<T>& args, int64_t b, int tile)
       : column(tile % TileColumns(args.screen)),
         row(tile / TileColumns(args.screen)),
+        listed(Listed(args, b)),
         order(At(args.lists.order, args.batch, b)),
         owners(At(args.lists.owners, args.batch, b)),
         slots(At(args.lists.slots, args.batch, b)),
         reach(AtOrNull(args.reach, args.batch, b)) {
     const int32_t* ends = At(args.lists.ends, args.batch, b);
-    listed = At(args.lists.offsets, args.batch, b)[args.P] <= args.capacity;
     begin = listed && tile > 0 ? ends[tile - 1] : 0;
     count = listed ? ends[tile] - begin : static_cast<int32_t>(args.P);
+  }
+
+  // The k-th; −1 where there is none.
+  __device__ __forceinline__ Member operator[](int64_t k) const {
+    if (k < 0 || k >= count) return {-1, 0};
+    const int32_t at = listed ? slots[begin + k] : order[k];
+    return {listed ? owners[at] : at, at};
   }
 };
 
@@ -263,70 +307,90 @@ struct Pixel {
   }
 };
 
-// Gaussians in shared memory.
-template <class N, int kEntries, int kC>
-struct Staged {
-  static constexpr int kChannels = kC <= 4 ? kC : 0;  // more are read where they lie
-  Flat<N> flat[kEntries];
-  N channel[kEntries][kChannels > 0 ? kChannels : 1];
-  int32_t owner[kEntries];
-  uint8_t warps[kEntries];  // a bit for each that it may touch
+// A Gaussian in shared memory, with the channels that a walk takes.
+template <class N, int kC>
+struct alignas(16) Staged {
+  Flat<N> flat;
+  N channel[kC];
+  int32_t owner, row;
 };
 
-// The k-th Gaussian of a walk, as entry i; nothing where there is none.
+// Some of them, and one that covers nothing.
+template <class N, int kEntries, int kC>
+struct Stage {
+  Staged<N, kC> entries[kEntries + 1];
+  uint8_t warps[kEntries];  // a bit for each warp in whose pixels it may count
+};
+
+// As entry i, with channels from `first` on.
 template <class T, class N, int kEntries, int kC>
-__device__ __forceinline__ void Stage(const Splat<T>& args, int64_t b, const Walk<T>& walk, int64_t k, int i,
-                                      Staged<N, kEntries, kC>& staged) {
-  staged.warps[i] = 0;
-  if (k < 0 || k >= walk.count) return;
-  const int32_t g = walk.listed ? walk.owners[walk.slots[walk.begin + k]] : walk.order[k];
+__device__ __forceinline__ void StageEntry(const Splat<T>& args, int64_t b, const Walk<T>& walk, Member member,
+                                           int first, int i, Stage<N, kEntries, kC>& stage) {
+  stage.warps[i] = 0;
+  if (member.owner < 0) return;
   const Row<N, T> means(args.means, args.batch, b), conics(args.conics, args.batch, b);
   const Row<N, T> opacities(args.opacities, args.batch, b), channels(args.channels, args.batch, b);
-  const int64_t at = g;
-  const Flat<N> flat = {
+  const int64_t at = member.owner;
+  Staged<N, kC> entry;
+  entry.flat = {
       means[2 * at], means[2 * at + 1], Scale(0.5, conics[3 * at]), conics[3 * at + 1], Scale(0.5, conics[3 * at + 2]),
       opacities[at]};
+  const Flat<N>& flat = entry.flat;
+  entry.owner = member.owner, entry.row = member.row;
+#pragma unroll
+  for (int c = 0; c < kC; ++c) {
+    entry.channel[c] = first + c < args.channel_count ? channels[at * args.channel_count + first + c] : N{};
+  }
   const T mean[2] = {ValueOf(flat.x), ValueOf(flat.y)};
   const T conic[3] = {2 * ValueOf(flat.half_a), ValueOf(flat.b), 2 * ValueOf(flat.half_c)};
-  Footprint<T> f;
-  if (walk.listed) {
-    f = Unbounded(args.screen, mean, conic, ValueOf(flat.opacity));
-  } else {
-    f = FootprintOf(args.screen, mean, conic, ValueOf(flat.opacity),
-                    walk.reach == nullptr ? nullptr : walk.reach + 4 * at);
-    if (walk.column < f.x0 || walk.column >= f.x1 || walk.row < f.y0 || walk.row >= f.y1) return;
-    if (!TouchesTile(f, args.screen, walk.column, walk.row)) return;
+  const Footprint<T> f = FootprintOf(args.screen, mean, conic, ValueOf(flat.opacity),
+                                     walk.reach == nullptr || walk.listed ? nullptr : walk.reach + 4 * at);
+  if (!walk.listed) {
+    if (walk.row < f.y0 || walk.row >= f.y1) return;
+    const Columns columns = ColumnsOf(f, args.screen, walk.row);
+    if (walk.column < columns.from || walk.column >= columns.to) return;
   }
   uint32_t warps = 0;
-#pragma unroll 1
-  for (int warp = 0; warp < kWarps; ++warp) {
-    const int left = walk.column * kTile + warp % 2 * kWarpColumns, top = walk.row * kTile + warp / 2 * kWarpRows;
-    const int right = min(left + kWarpColumns, args.screen.width), bottom = min(top + kWarpRows, args.screen.height);
-    if (left < right && top < bottom && Touches(f, left, right, top, bottom)) warps |= 1u << warp;
-  }
-  staged.flat[i] = flat;
-  staged.owner[i] = g;
-  staged.warps[i] = static_cast<uint8_t>(warps);
-  if constexpr (kC <= 4) {
 #pragma unroll
-    for (int c = 0; c < kC; ++c) {
-      staged.channel[i][c] = c < args.channel_count ? channels[at * args.channel_count + c] : N{};
+  for (int warp = 0; warp < kWarps; warp += kTile / kWarpColumns) {
+    const int left = walk.column * kTile, top = walk.row * kTile + warp / (kTile / kWarpColumns) * kWarpRows;
+    const Span<T> span = SpanOf(f, BackTo(f.y, top, top + kWarpRows));
+#pragma unroll
+    for (int half = 0; half < kTile / kWarpColumns; ++half) {
+      const Span<T> pixels = BackTo(f.x, left + half * kWarpColumns, left + (half + 1) * kWarpColumns);
+      if (span.low <= span.high && pixels.low <= span.high && pixels.high >= span.low) warps |= 1u << (warp + half);
     }
   }
+  stage.entries[i] = entry;
+  stage.warps[i] = static_cast<uint8_t>(warps);
 }
 
-// Which of the 32 entries from `first` on this warp goes through.
-template <class S>
-__device__ __forceinline__ unsigned EntriesOfWarp(const S& staged, int first) {
+// Of the entries from 0 up to `end`, or from there down, those that this warp goes through, in that order, and after
+// them kPad that cover nothing. `touched` gets a bit for each.
+template <bool kDown, int kPad, class S>
+__device__ __forceinline__ int ListOfWarp(const S& stage, int end, int32_t* list, unsigned* touched = nullptr) {
+  constexpr int kEntries = sizeof(stage.warps), kWords = (kEntries + kWarp - 1) / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  return __ballot_sync(kFullMask, staged.warps[first + lane] >> warp & 1);
+  int count = 0;
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) {
+    const int word = kDown ? kWords - 1 - n : n, i = word * kWarp + lane;
+    const bool mine = i < min(kEntries, end) && (stage.warps[i] >> warp & 1) != 0;
+    const unsigned all = __ballot_sync(kFullMask, mine), before = kDown ? all >> lane >> 1 : all & ((1u << lane) - 1);
+    if (mine) list[count + __popc(before)] = i;
+    if (touched != nullptr && lane == 0) touched[word] = all;
+    count += __popc(all);
+  }
+  if (lane < kPad) list[count + lane] = kEntries;
+  __syncwarp();
+  return count;
 }
 
 // What a Gaussian covers of a pixel.
 template <class N>
 struct Cover {
   N raw, alpha;
-  bool saturates;
+  bool counts, saturates;
 };
 
 __device__ __forceinline__ float FastExp(float x) { return __expf(x); }
@@ -346,72 +410,84 @@ __device__ __forceinline__ Dual<T> Reciprocal(Dual<T> x) {
 }
 
 template <class N, class T>
-__device__ __forceinline__ bool Covers(const Flat<N>& g, T x, T y, Cover<N>& c) {
+__device__ __forceinline__ Cover<N> CoverOf(const Flat<N>& g, T x, T y) {
   const N dx = g.x - Constant<N>(x), dy = g.y - Constant<N>(y);
   const N q = Exponent(g, dx, g.b * dy, g.half_c * dy * dy);
-  if (!(ValueOf(q) <= 0)) return false;
+  Cover<N> c;
   c.raw = g.opacity * FastExp(q);
-  if (!(ValueOf(c.raw) >= static_cast<T>(kLeastAlpha))) return false;
+  c.counts = ValueOf(q) <= 0 && ValueOf(c.raw) >= static_cast<T>(kLeastAlpha);
   c.saturates = !(ValueOf(c.raw) < static_cast<T>(kMostAlpha));
   c.alpha = c.saturates ? Constant<N>(static_cast<T>(kMostAlpha)) : c.raw;
-  return true;
+  return c;
 }
 
-// Channel c of those that a walk takes.
-template <int kC, class N, class T, class S>
-__device__ __forceinline__ N Channel(const S& staged, int i, const Row<N, T>& channels, int channel_count, int first,
-                                     int c) {
-  if constexpr (kC <= 4) {
-    return staged.channel[i][c];
-  } else {
-    return first + c < channel_count ? channels[int64_t{staged.owner[i]} * channel_count + first + c] : N{};
-  }
-}
+// Of more than four channels, so many are taken at a time; on GPUs with shared memory for it, more.
+template <class N>
+constexpr int kMany = 64 / sizeof(N);
+constexpr int kMost = 36;
 
-// kC channels at a time.
+// Entries that are gone through without a branch between them.
+template <class N, int kC>
+constexpr int kTogether = kC <= 4 && sizeof(N) == 4 ? 4 : 1;
+
+// Blocks that a multiprocessor should have room for.
+template <class N, int kC>
+constexpr int kForwardBlocks = sizeof(N) > 4 ? 1
+                               : kC > 4      ? 2
+                                             : 4;
+template <class N, int kC>
+constexpr int kBackwardBlocks = kC > 4 || sizeof(N) > 8 ? 1
+                                : sizeof(N) > 4         ? 2
+                                                        : 3;
+
+// kC channels at a time. Where a pixel has ended, no transmittance is enough.
 template <class T, class N, int kC>
-__global__ void __launch_bounds__(kThreads, sizeof(N) == 4 && kC <= 4 ? 4 : 1)
-    Forward(const __grid_constant__ Splat<T> args) {
-  constexpr int kEntries = sizeof(N) > 8 ? 128 : 256;
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<N, kC>) Forward(const __grid_constant__ Splat<T> args) {
+  constexpr int kEntries = sizeof(N) > 8 || kC > 4 ? 128 : 256, kAtOnce = kTogether<N, kC>;
   constexpr bool kDual = !std::is_same_v<N, T>;
-  __shared__ Staged<N, kEntries, kC> staged;
+  __shared__ Stage<N, kEntries, kC> stage;
+  alignas(16) __shared__ int32_t lists[kWarps][kEntries + 4];
   const int tiles = TileCount(args.screen), C = args.channel_count;
   const int64_t b = blockIdx.x / tiles, pixels = int64_t{args.screen.width} * args.screen.height;
   const Walk<T> walk(args, b, static_cast<int>(blockIdx.x - b * tiles));
   const Pixel<T> pixel(args.screen, walk.column, walk.row);
   const T x = static_cast<T>(pixel.x) + T(0.5), y = static_cast<T>(pixel.y) + T(0.5);
-  const Row<N, T> channels(args.channels, args.batch, b), background(args.background, args.batch, b);
+  const T never = static_cast<T>(INFINITY);
+  const Row<N, T> background(args.background, args.batch, b);
+  int32_t* list = lists[threadIdx.x / kWarp];
+  if (threadIdx.x == 0) stage.entries[kEntries] = {};
 #pragma unroll 1
   for (int first = 0; first < C; first += kC) {
     N image[kC] = {}, through = Constant<N>(T(1));
     int32_t last = 0;
-    bool open = pixel.inside;
+    T enough = pixel.inside ? static_cast<T>(kLeastThrough) : never;
+    Member next = walk[threadIdx.x];
     for (int32_t base = 0; base < walk.count; base += kEntries) {
-      if (__syncthreads_count(open) == 0) break;
-      if (threadIdx.x < kEntries) Stage(args, b, walk, int64_t{base} + threadIdx.x, threadIdx.x, staged);
+      if (__syncthreads_count(enough < never) == 0) break;
+      if (threadIdx.x < kEntries) {
+        StageEntry(args, b, walk, next, first, threadIdx.x, stage);
+        next = walk[int64_t{base} + kEntries + threadIdx.x];
+      }
       __syncthreads();
+      const int count = ListOfWarp<false, kAtOnce - 1>(stage, kEntries, list);
 #pragma unroll 1
-      for (int some = 0; some < kEntries; some += kWarp) {
-        unsigned bits = EntriesOfWarp(staged, some);
-        if (!__any_sync(kFullMask, open)) break;
-        for (; bits != 0; bits &= bits - 1) {
-          const int i = some + __ffs(bits) - 1;
-          Cover<N> cover;
-          if (!open || !Covers(staged.flat[i], x, y, cover)) continue;
-          const N after = through * (Constant<N>(T(1)) - cover.alpha);
-          if (!(ValueOf(after) >= static_cast<T>(kLeastThrough))) {
-            open = false;
-            continue;
-          }
-          const N weight = cover.alpha * through;
+      for (int k = 0; k < count; k += kAtOnce) {
+        if (!__any_sync(kFullMask, enough < never)) break;
 #pragma unroll
-          for (int c = 0; c < kC; ++c) {
-            image[c] = Fma(weight, Channel<kC>(staged, i, channels, C, first, c), image[c]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = list[k + j];
+          const Staged<N, kC>& entry = stage.entries[i];
+          const Cover<N> cover = CoverOf(entry.flat, x, y);
+          const N weight = cover.alpha * through, after = through * (Constant<N>(T(1)) - cover.alpha);
+          const bool open = ValueOf(after) >= enough;
+          if (cover.counts && open) {
+#pragma unroll
+            for (int c = 0; c < kC; ++c) image[c] = Fma(weight, entry.channel[c], image[c]);
+            through = after;
+            last = base + i + 1;
           }
-          through = after;
-          last = base + i + 1;
+          if (cover.counts && !open) enough = never;
         }
-        __syncwarp();
       }
     }
     if (pixel.inside) {
@@ -439,10 +515,11 @@ __device__ __forceinline__ int WarpMax(int x) {
 }
 
 // What backward leaves: of a pair, in its slot; or, without lists, of a Gaussian: first the largest terms, then sums.
+// That are sums over pixels (moments, and behind them their tangents), and gradients in channels if they are wanted.
 template <class T>
 struct Left {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, unsigned long long>;
-  int width;                 // gradients in mean, conic and opacity, then in channels if they are wanted
+  int width;
   T* slots;                  // [capacity, width]
   unsigned long long* sums;  // [P, width], in the same place
   Bits* largest;             // [P, width], behind them
@@ -463,43 +540,46 @@ __device__ __forceinline__ int Shift(double largest, int log_terms) { return 61 
 // Without lists, all kernels that add run twice: pass 0 finds the largest terms, pass 1 adds.
 template <class T, class N, int kC>
 struct Back {
-  static constexpr bool kDual = !std::is_same_v<N, T>;
+  static constexpr bool kDual = !std::is_same_v<N, T>, kFew = kC <= 4;
   static constexpr int kOfMoments = kDual ? 2 * kMoments : kMoments, kWidth = kOfMoments + kC;
-  // Entries staged at a time, and those of them that a warp sums at a time: shared memory has room for them.
-  static constexpr int kEntries = kC > 4 || sizeof(T) == 8 ? 16 : 64;
+  // Entries that are staged at a time, and those of them that a warp sums at a time. The sums of a warp's pixels are in
+  // one of two buffers, while those of the entries before are summed over warps. Shared memory of any GPU has room.
+  static constexpr int kEntries = !kFew ? 16 : sizeof(N) == 4 ? 48 : sizeof(N) == 8 ? 24 : 8;
   static constexpr int kGroup = sizeof(N) == 4 ? 8 : sizeof(N) == 8 ? 4 : 2;
+  static constexpr int kBuffers = kFew ? 2 : 1;
   static constexpr int kWords = (kEntries + kWarp - 1) / kWarp;
 
   // What a warp has: its pixels' cotangents; and of entries that it has been through, q̄ and weight at each pixel.
   struct OfWarp {
     alignas(16) N ct[kWarp][kC];
     N q_bar[kGroup][kWarp + 1], weight[kGroup][kWarp + 1];  // rows are in banks of their own
-    int32_t entry[kGroup];
-    T sums[kEntries][kWidth];
-    unsigned touched[kWords];
+    alignas(16) int32_t list[kEntries + 4];
+    T sums[kBuffers][kEntries][kWidth];
+    unsigned touched[kBuffers][kWords];
     T of_background[kC];
     int32_t last;
   };
   struct Shared {
-    Staged<N, kWords * kWarp, kC> staged;
+    Stage<N, kEntries, kC> stage[3];
     OfWarp warp[kWarps];
   };
+  static_assert(sizeof(Shared) <= 65536 || kC > kMany<N>, "Turing has no more");
 
   // Sums over the warp's pixels, of n entries. A lane has an entry and a part of the pixels.
-  static __device__ __forceinline__ void SumPixels(const Staged<N, kWords * kWarp, kC>& staged, OfWarp& mine, int n,
-                                                   T left, T top) {
+  static __device__ __forceinline__ void SumPixels(const Stage<N, kEntries, kC>& stage, OfWarp& mine,
+                                                   const int32_t* list, int n, int buffer, T left, T top) {
     const int lane = threadIdx.x % kWarp, e = lane % kGroup, first = lane / kGroup * kGroup;
     __syncwarp();
     const bool there = e < n;
-    const int i = there ? mine.entry[e] : 0;
-    const N gx = there ? staged.flat[i].x : N{}, gy = there ? staged.flat[i].y : N{};
+    const int i = there ? list[e] : kEntries;
+    const N gx = stage.entries[i].flat.x, gy = stage.entries[i].flat.y;
     const N dy = gy - Constant<N>(top + static_cast<T>(first / kWarpColumns) + T(0.5));
     N moments[kMoments] = {};
     T channels[kC] = {};
 #pragma unroll
     for (int s = 0; s < kGroup; ++s) {
       const int p = first + s;
-      const N q_bar = there ? mine.q_bar[e][p] : N{}, weight = there ? mine.weight[e][p] : N{};
+      const N q_bar = mine.q_bar[e][p], weight = mine.weight[e][p];
       const N dx = gx - Constant<N>(left + static_cast<T>(p % kWarpColumns) + T(0.5));
       const N q_dx = q_bar * dx, q_dy = q_bar * dy;
       moments[0] = moments[0] + q_bar;
@@ -521,7 +601,7 @@ struct Back {
     const auto over_parts = [&](int k, T sum) {
 #pragma unroll
       for (int step = kGroup; step < kWarp; step *= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
-      if (there && first == 0) mine.sums[i][k] = sum;
+      if (there && first == 0) mine.sums[buffer][i][k] = sum;
     };
 #pragma unroll
     for (int m = 0; m < kMoments; ++m) {
@@ -533,68 +613,53 @@ struct Back {
     __syncwarp();
   }
 
-  // Of entry i, the k-th Gaussian of the tile, whose sums are complete.
+  // Sums over warps, in their order, of entries of which the first is the base-th of the tile.
   static __device__ void Leave(const Splat<T>& args, const Walk<T>& walk, const Left<T>& to, const Shared& shared,
-                               int i, int32_t k, int first, int pass, int log_terms) {
-    const T* sums = shared.warp[0].sums[i];
-    const int64_t row = (walk.listed ? walk.slots[walk.begin + k] : shared.staged.owner[i]) * int64_t{to.width};
-    unsigned touched = 0;
-    for (int w = 0; w < kWarps; ++w) touched |= shared.warp[w].touched[i / kWarp] >> i % kWarp & 1;
-    if (touched == 0 && !walk.listed) return;
-    const auto leave = [&](int n, T term) {
+                               const Stage<N, kEntries, kC>& stage, int buffer, int32_t base, int first, int pass,
+                               int log_terms) {
+    for (int j = threadIdx.x; j < kEntries * kWidth; j += kThreads) {
+      const int i = j / kWidth, n = j % kWidth, column = n < kOfMoments ? n : n + first;
+      if (base + i < 0 || column >= to.width) continue;
+      T sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const OfWarp& warp = shared.warp[w];
+        if (warp.touched[buffer][i / kWarp] >> i % kWarp & 1) sum += warp.sums[buffer][i][n];
+      }
+      const int64_t at = stage.entries[i].row * int64_t{to.width} + column;
       if (walk.listed) {
-        to.slots[row + n] = term;
-      } else if (term == 0) {
-        return;
+        to.slots[at] = n < kOfMoments && first > 0 ? to.slots[at] + sum : sum;
+      } else if (sum == 0) {
+        continue;
       } else if (pass == 0) {
-        atomicMax(to.largest + row + n, Magnitude(term));
-      } else if (const double largest = FromMagnitude(to.largest[row + n]); largest - largest == 0) {
-        const double whole = ldexp(static_cast<double>(term), Shift(largest, log_terms));
-        atomicAdd(to.sums + row + n, static_cast<unsigned long long>(__double2ll_rn(whole)));
+        atomicMax(to.largest + at, Magnitude(sum));
+      } else if (const double largest = FromMagnitude(to.largest[at]); largest - largest == 0) {
+        const double whole = ldexp(static_cast<double>(sum), Shift(largest, log_terms));
+        atomicAdd(to.sums + at, static_cast<unsigned long long>(__double2ll_rn(whole)));
       }
-    };
-    N moments[kMoments] = {}, bar[kMoments] = {};
-    if (touched != 0) {
-#pragma unroll
-      for (int m = 0; m < kMoments; ++m) {
-        if constexpr (kDual) {
-          moments[m] = {sums[m], sums[kMoments + m]};
-        } else {
-          moments[m] = sums[m];
-        }
-      }
-      FromMoments(shared.staged.flat[i], moments, bar);
     }
-#pragma unroll
-    for (int m = 0; m < kMoments; ++m) {
-      leave(m, walk.listed && first > 0 ? to.slots[row + m] + Result(bar[m]) : Result(bar[m]));
-    }
-    if (to.width == kMoments) return;
-    for (int c = 0; c < kC && first + c < args.channel_count; ++c) leave(kMoments + first + c, sums[kOfMoments + c]);
   }
 };
 
 template <class T, class N, int kC>
-__global__ void __launch_bounds__(kThreads, kC > 4 || sizeof(N) > 8 ? 1
-                                            : sizeof(N) == 8        ? 2
-                                                                    : 3)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
     Backward(const __grid_constant__ Splat<T> args, int64_t b, const __grid_constant__ Left<T> left_over, int pass,
              int log_terms) {
   using B = Back<T, N, kC>;
   constexpr bool kDual = B::kDual;
-  constexpr int kEntries = B::kEntries;
+  constexpr int kEntries = B::kEntries, kAtOnce = kTogether<N, kC>;
   extern __shared__ double2 memory[];
+  if (pass > 0 && Listed(args, b)) return;
   auto& shared = *reinterpret_cast<typename B::Shared*>(memory);
   const int C = args.channel_count, lane = threadIdx.x % kWarp;
   auto& mine = shared.warp[threadIdx.x / kWarp];
   const Walk<T> walk(args, b, static_cast<int>(blockIdx.x));
-  if (walk.listed && pass > 0) return;
   const int64_t pixels = int64_t{args.screen.width} * args.screen.height;
   const Pixel<T> pixel(args.screen, walk.column, walk.row);
   const T x = static_cast<T>(pixel.x) + T(0.5), y = static_cast<T>(pixel.y) + T(0.5);
   // Where the warp's pixels begin.
-  const T left = static_cast<T>(pixel.x - lane % kWarpColumns), top_row = static_cast<T>(pixel.y - lane / kWarpColumns);
-  const Row<N, T> channels(args.channels, args.batch, b), background(args.background, args.batch, b);
+  const T left = static_cast<T>(pixel.x - lane % kWarpColumns), top = static_cast<T>(pixel.y - lane / kWarpColumns);
+  const Row<N, T> background(args.background, args.batch, b);
   const Cotangent<N, T> image_ct(args.image_ct, args.batch, b), alpha_ct(args.alpha_ct, args.batch, b);
 
   N end = {};  // transmittance at the end
@@ -610,6 +675,7 @@ __global__ void __launch_bounds__(kThreads, kC > 4 || sizeof(N) > 8 ? 1
   }
   const int32_t warp_last = WarpMax(last);
   if (lane == 0) mine.last = warp_last;
+  if (threadIdx.x < 3) shared.stage[threadIdx.x].entries[kEntries] = {};
   __syncthreads();
   int32_t block_last = 0;
   for (int w = 0; w < kWarps; ++w) block_last = max(block_last, shared.warp[w].last);
@@ -620,6 +686,12 @@ __global__ void __launch_bounds__(kThreads, kC > 4 || sizeof(N) > 8 ? 1
       left_over.slots[slot * left_over.width + i % left_over.width] = 0;
     }
   }
+
+  // The n-th entries from behind begin at the base-th of the tile, which may be negative: then the first are none. Who
+  // stages entries is another with each n, and finds out long before which Gaussians they are.
+  const int batches = (block_last + kEntries - 1) / kEntries;
+  const auto base = [&](int n) { return block_last - (n + 1) * kEntries; };
+  const auto turn = [&](int n) { return static_cast<int>((threadIdx.x + n * 2u * kWarp) % kThreads); };
 
 #pragma unroll 1
   for (int first = 0; first < C; first += kC) {
@@ -637,6 +709,11 @@ __global__ void __launch_bounds__(kThreads, kC > 4 || sizeof(N) > 8 ? 1
       mine.ct[lane][c] = ct[c];
     }
     behind = behind * end;
+    Member next = {-1, 0};
+    if (turn(0) < kEntries) {
+      StageEntry(args, b, walk, batches > 0 ? walk[base(0) + turn(0)] : next, first, turn(0), shared.stage[0]);
+    }
+    if (batches > 1 && turn(1) < kEntries) next = walk[base(1) + turn(1)];
     __syncthreads();
     if (pass == 0 && threadIdx.x < kC && first + static_cast<int>(threadIdx.x) < C) {
       T sum = 0;
@@ -644,75 +721,57 @@ __global__ void __launch_bounds__(kThreads, kC > 4 || sizeof(N) > 8 ? 1
       left_over.of_background[int64_t{blockIdx.x} * C + first + threadIdx.x] = sum;
     }
 
-    for (int32_t top = block_last; top > 0; top -= kEntries) {
-      const int32_t base = top - kEntries;  // may be negative: then the first entries are none
-      if (threadIdx.x < B::kWords * kWarp) {
-        const int i = threadIdx.x;
-        if (i < kEntries) {
-          Stage(args, b, walk, int64_t{base} + i, i, shared.staged);
-        } else {
-          shared.staged.warps[i] = 0;
-        }
-      }
-      __syncthreads();
-      int n = 0;  // entries whose pixels are not summed yet
 #pragma unroll 1
-      for (int word = B::kWords - 1; word >= 0; --word) {
-        unsigned touched = 0;
-        for (unsigned bits = EntriesOfWarp(shared.staged, word * kWarp); bits != 0;) {
-          const int bit = 31 - __clz(bits), i = word * kWarp + bit;
-          bits &= ~(1u << bit);
-          if (base + i >= warp_last) continue;
-          Cover<N> cover;
-          const bool counts = base + i < last && Covers(shared.staged.flat[i], x, y, cover);
-          if (!__any_sync(kFullMask, counts)) continue;
-          touched |= 1u << bit;
-          N weight = {}, q_bar = {};
-          if (counts) {
+    for (int n = 0; n < batches; ++n) {
+      const auto& stage = shared.stage[n % 3];
+      const int buffer = n % B::kBuffers;
+      if (B::kBuffers > 1 && n > 0) {
+        B::Leave(args, walk, left_over, shared, shared.stage[(n - 1) % 3], buffer ^ 1, base(n - 1), first, pass,
+                 log_terms);
+      }
+      if (n + 1 < batches && turn(n + 1) < kEntries) {
+        StageEntry(args, b, walk, next, first, turn(n + 1), shared.stage[(n + 1) % 3]);
+      }
+      if (n + 2 < batches && turn(n + 2) < kEntries) next = walk[base(n + 2) + turn(n + 2)];
+
+      const int count = ListOfWarp<true, kAtOnce - 1>(stage, warp_last - base(n), mine.list, mine.touched[buffer]);
+#pragma unroll 1
+      for (int group = 0; group < count; group += B::kGroup) {
+        const int here = min(B::kGroup, count - group);
+#pragma unroll 1
+        for (int k = 0; k < here; k += kAtOnce) {
+          N q_bars[kAtOnce], weights[kAtOnce];
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int i = mine.list[group + k + j];
+            const Staged<N, kC>& entry = stage.entries[i];
+            const Cover<N> cover = CoverOf(entry.flat, x, y);
+            const bool counts = cover.counts && base(n) + i < last;
             const N rest = Reciprocal(Constant<N>(T(1)) - cover.alpha), before = through * rest;
-            weight = cover.alpha * before;
+            const N weight = cover.alpha * before;
             N u = {};
 #pragma unroll
-            for (int c = 0; c < kC; ++c) u = Fma(Channel<kC>(shared.staged, i, channels, C, first, c), ct[c], u);
-            const N alpha_bar = rest * (through * u - behind);
-            if (!cover.saturates) q_bar = cover.raw * alpha_bar;
-            behind = Fma(weight, u, behind);
-            through = before;
+            for (int c = 0; c < kC; ++c) u = Fma(entry.channel[c], ct[c], u);
+            const N q_bar = cover.raw * (rest * (through * u - behind));
+            q_bars[j] = counts && !cover.saturates ? q_bar : N{};
+            weights[j] = counts ? weight : N{};
+            if (counts) {
+              behind = Fma(weight, u, behind);
+              through = before;
+            }
           }
-          mine.q_bar[n][lane] = q_bar, mine.weight[n][lane] = weight;
-          if (lane == 0) mine.entry[n] = i;
-          if (++n == B::kGroup) {
-            B::SumPixels(shared.staged, mine, n, left, top_row);
-            n = 0;
-          }
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) mine.q_bar[k + j][lane] = q_bars[j], mine.weight[k + j][lane] = weights[j];
         }
-        if (lane == 0) mine.touched[word] = touched;
-      }
-      if (n > 0) B::SumPixels(shared.staged, mine, n, left, top_row);
-      __syncthreads();
-      // Over warps, in their order; each sum by one thread.
-      for (int j = threadIdx.x; j < kEntries * B::kWidth; j += kThreads) {
-        const int i = j / B::kWidth, n = j % B::kWidth;
-        T sum = 0;
-        for (int w = 0; w < kWarps; ++w) {
-          const auto& of_warp = shared.warp[w];
-          if (of_warp.touched[i / kWarp] >> i % kWarp & 1) sum += of_warp.sums[i][n];
-        }
-        shared.warp[0].sums[i][n] = sum;
+        B::SumPixels(stage, mine, mine.list + group, here, buffer, left, top);
       }
       __syncthreads();
-      if (threadIdx.x < kEntries && base + static_cast<int>(threadIdx.x) >= 0) {
-        const int i = threadIdx.x;
-        B::Leave(args, walk, left_over, shared, i, base + i, first, pass, log_terms);
+      if (B::kBuffers == 1 || n + 1 == batches) {
+        B::Leave(args, walk, left_over, shared, stage, buffer, base(n), first, pass, log_terms);
+        __syncthreads();
       }
-      __syncthreads();
     }
   }
-}
-
-template <class T>
-__device__ __forceinline__ bool Listed(const Splat<T>& args, int64_t b) {
-  return At(args.lists.offsets, args.batch, b)[args.P] <= args.capacity;
 }
 
 template <class T>
@@ -724,53 +783,97 @@ __global__ void ClearSums(const __grid_constant__ Splat<T> args, int64_t b, cons
   }
 }
 
-// What all tiles leave of a Gaussian: a warp has it, with as many of its pairs at a time as there are lanes for their
-// numbers.
+// Sums of `count` columns, from `first` on, over the rows [begin, end) of each lane's Gaussian. Of one with many rows,
+// the lanes of the warp take some each.
+inline constexpr int kColumns = 16;
 template <class T>
+__device__ __forceinline__ void SumRows(const T* slots, int width, int first, int count, int32_t begin, int32_t end,
+                                        T (&sum)[kColumns]) {
+  constexpr int kFew = 24;
+  const int lane = threadIdx.x % kWarp;
+  const auto add = [&](int64_t row, T(&to)[kColumns]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) to[n] += n < count ? slots[row * width + first + n] : T(0);
+  };
+  const bool few = end - begin <= kFew;
+#pragma unroll 2
+  for (int32_t row = begin; few && row < end; ++row) add(row, sum);
+  for (unsigned many = __ballot_sync(kFullMask, !few); many != 0; many &= many - 1) {
+    const int of = __ffs(many) - 1;
+    const int32_t to = __shfl_sync(kFullMask, end, of);
+    T some[kColumns] = {};
+#pragma unroll 2
+    for (int32_t row = __shfl_sync(kFullMask, begin, of) + lane; row < to; row += kWarp) add(row, some);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const T all = WarpSum(some[n]);
+      if (lane == of) sum[n] = all;
+    }
+  }
+}
+
+// What all tiles leave of a Gaussian.
+template <class T, class N>
 __global__ void __launch_bounds__(kThreads) SumPairs(const __grid_constant__ Splat<T> args, int64_t b,
                                                      const __grid_constant__ Left<T> left_over, int log_terms) {
-  const int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
-  if (r >= args.P) return;
-  const int lane = threadIdx.x % kWarp, width = left_over.width, C = args.channel_count;
-  const int64_t g = At(args.lists.order, args.batch, b)[r], at_g = b * args.P + g;
+  constexpr int kOfMoments = std::is_same_v<N, T> ? kMoments : 2 * kMoments;
+  const int64_t g = int64_t{blockIdx.x} * kThreads + threadIdx.x, at_g = b * args.P + g;
+  const bool there = g < args.P, listed = Listed(args, b);
+  const int width = left_over.width, C = args.channel_count;
   const int32_t* offsets = At(args.lists.offsets, args.batch, b);
-  const bool listed = Listed(args, b);
-  const auto write = [&](int n, T sum) {
-    if (n < 2) {
-      if (args.means_bar != nullptr) args.means_bar[at_g * 2 + n] = sum;
-    } else if (n < 5) {
-      if (args.conics_bar != nullptr) args.conics_bar[at_g * 3 + n - 2] = sum;
-    } else if (n == 5) {
-      if (args.opacities_bar != nullptr) args.opacities_bar[at_g] = sum;
-    } else {
-      args.channels_bar[at_g * C + n - kMoments] = sum;
+  const int32_t begin = listed ? offsets[min(g, args.P)] : 0, end = listed ? offsets[min(g + 1, args.P)] : 0;
+#pragma unroll 1
+  for (int first = 0; first < width; first += kColumns) {
+    const int count = min(kColumns, width - first);
+    T sum[kColumns] = {};
+    if (listed) {
+      SumRows(left_over.slots, width, first, count, begin, end, sum);
+    } else if (there) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        if (n >= count) break;
+        const double largest = FromMagnitude(left_over.largest[g * width + first + n]);
+        const double whole = static_cast<double>(static_cast<long long>(left_over.sums[g * width + first + n]));
+        const bool finite = largest - largest == 0;
+        sum[n] = static_cast<T>(!finite        ? largest - largest
+                                : largest == 0 ? 0.0
+                                               : ldexp(whole, -Shift(largest, log_terms)));
+      }
     }
-  };
-  if (!listed) {
-    for (int n = lane; n < width; n += kWarp) {
-      const double largest = FromMagnitude(left_over.largest[g * width + n]);
-      const double sum = static_cast<double>(static_cast<long long>(left_over.sums[g * width + n]));
-      const bool finite = largest - largest == 0;
-      write(n, static_cast<T>(!finite        ? largest - largest
-                              : largest == 0 ? 0.0
-                                             : ldexp(sum, -Shift(largest, log_terms))));
+    if (!there) continue;
+    if (first == 0) {
+      N moments[kMoments], bar[kMoments] = {};
+      bool any = false;  // else it may be a Gaussian that is nowhere
+#pragma unroll
+      for (int m = 0; m < kMoments; ++m) {
+        any |= sum[m] != 0;
+        if constexpr (std::is_same_v<N, T>) {
+          moments[m] = sum[m];
+        } else {
+          any |= sum[kMoments + m] != 0;
+          moments[m] = {sum[m], sum[kMoments + m]};
+        }
+      }
+      if (any) {
+        const Row<N, T> means(args.means, args.batch, b), conics(args.conics, args.batch, b);
+        const Row<N, T> opacities(args.opacities, args.batch, b);
+        const Flat<N> flat = {
+            means[2 * g], means[2 * g + 1], Scale(0.5, conics[3 * g]), conics[3 * g + 1], Scale(0.5, conics[3 * g + 2]),
+            opacities[g]};
+        FromMoments(flat, moments, bar);
+      }
+      if (T* to = args.means_bar; to != nullptr) to[at_g * 2] = Result(bar[0]), to[at_g * 2 + 1] = Result(bar[1]);
+      if (T* to = args.conics_bar; to != nullptr) {
+#pragma unroll
+        for (int n = 0; n < 3; ++n) to[at_g * 3 + n] = Result(bar[2 + n]);
+      }
+      if (args.opacities_bar != nullptr) args.opacities_bar[at_g] = Result(bar[5]);
     }
-    return;
-  }
-  const int64_t begin = offsets[r], end = offsets[r + 1];
-  const int together = width < kWarp ? kWarp / width : 1;  // pairs at a time
-  for (int first = 0; first < width; first += kWarp) {
-    const int n = first + (together > 1 ? lane % width : lane), pair = together > 1 ? lane / width : 0;
-    T sum = 0;
-    if (pair < together && n < width) {
-#pragma unroll 4
-      for (int64_t s = begin + pair; s < end; s += together) sum += left_over.slots[s * width + n];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int c = first + n - kOfMoments;
+      if (n < count && c >= 0) args.channels_bar[at_g * C + c] = sum[n];
     }
-    T total = sum;
-    for (int other = 1; other < together; ++other) {
-      total += __shfl_sync(kFullMask, sum, (lane + other * width) % kWarp);  // right in the first `width` lanes
-    }
-    if (pair == 0 && n < width) write(n, total);
   }
 }
 
@@ -793,7 +896,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, class N, int kC>
 cudaError_t LaunchBackward(const Splat<T>& args, char* scratch, int64_t bytes, cudaStream_t stream) {
   const int tiles = TileCount(args.screen), C = args.channel_count;
-  const int width = kMoments + (args.channels_bar != nullptr ? C : 0);
+  const int width = Back<T, N, kC>::kOfMoments + (args.channels_bar != nullptr ? C : 0);
   const int64_t terms = args.P * width, item = sizeof(T);
   const int64_t of_pairs = CeilDiv(Max(args.capacity * width * item, terms * (8 + item)), 256) * 256;
   if (of_pairs + int64_t{tiles} * C * item > bytes) return cudaErrorMemoryAllocation;  // see _scratch in Python
@@ -813,7 +916,7 @@ cudaError_t LaunchBackward(const Splat<T>& args, char* scratch, int64_t bytes, c
     for (int pass = 0; pass < 2; ++pass) {
       Backward<T, N, kC><<<tiles, kThreads, shared, stream>>>(args, b, left_over, pass, log_terms);
     }
-    if (args.P > 0) SumPairs<<<Blocks(args.P * kWarp), kThreads, 0, stream>>>(args, b, left_over, log_terms);
+    if (args.P > 0) SumPairs<T, N><<<Blocks(args.P), kThreads, 0, stream>>>(args, b, left_over, log_terms);
     if (args.background_bar != nullptr) SumTiles<<<C, kThreads, 0, stream>>>(args, b, left_over.of_background);
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
@@ -827,10 +930,6 @@ cudaError_t LaunchForward(const Splat<T>& args, cudaStream_t stream) {
   Forward<T, N, kC><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
-
-// Of many channels, so many at a time.
-template <class N>
-constexpr int kMany = sizeof(N) == 4 ? 32 : 16;
 
 }  // namespace
 }  // namespace knn::KNN_ISA
@@ -859,6 +958,9 @@ cudaError_t LaunchSplatForward(const Splat<T>& args, cudaStream_t stream) {
   if (args.dual) {
     return few ? LaunchForward<T, Dual<T>, 4>(args, stream) : LaunchForward<T, Dual<T>, kMany<Dual<T>>>(args, stream);
   }
+  if constexpr (sizeof(T) == 4) {
+    if (args.channel_count > kMany<T>) return LaunchForward<T, T, kMost>(args, stream);
+  }
   return few ? LaunchForward<T, T, 4>(args, stream) : LaunchForward<T, T, kMany<T>>(args, stream);
 }
 template cudaError_t LaunchSplatForward(const Splat<float>&, cudaStream_t);
@@ -872,6 +974,15 @@ cudaError_t LaunchSplatBackward(const Splat<T>& args, void* scratch, int64_t byt
   if (args.dual) {
     return few ? LaunchBackward<T, Dual<T>, 4>(args, at, bytes, stream)
                : LaunchBackward<T, Dual<T>, kMany<Dual<T>>>(args, at, bytes, stream);
+  }
+  if constexpr (sizeof(T) == 4) {
+    int device, room;
+    if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    cudaError_t error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    if (args.channel_count > kMany<T> && room >= static_cast<int>(sizeof(typename Back<T, T, kMost>::Shared))) {
+      return LaunchBackward<T, T, kMost>(args, at, bytes, stream);
+    }
   }
   return few ? LaunchBackward<T, T, 4>(args, at, bytes, stream)
              : LaunchBackward<T, T, kMany<T>>(args, at, bytes, stream);

@@ -7,9 +7,10 @@
 
 namespace knn {
 
-// Scratch serves one batch entry after the other. For lists: kTilesBytesOfItem of splat.h. For gradients, with a row
-// for the gradients in mean, conic, opacity and, if they are wanted, channels: a row for each pair that lists hold, or
-// 1 + 8 / sizeof(T) rows for each Gaussian, whichever are more; then C numbers for each tile, aligned to 256 bytes.
+// Scratch serves one batch entry after the other. For lists: kTilesBytesOfItem of splat.h. For gradients, with a row of
+// six numbers, twelve where anything moves, and C more if gradients in channels are wanted: a row for each pair that
+// lists hold, or 1 + 8 / sizeof(T) rows for each Gaussian, whichever are more; then C numbers for each tile, aligned to
+// 256 bytes.
 template <class T>
 cudaError_t LaunchTiles(const Tiles<T>& args, void* scratch, int64_t bytes, cudaStream_t stream);
 template <class T>

@@ -23,6 +23,8 @@
 #ifndef JKA_SPLAT_FORMULAS_H_
 #define JKA_SPLAT_FORMULAS_H_
 
+#include <math.h>
+
 #include "common/dual.h"
 #include "splat/splat.h"
 
@@ -78,26 +80,27 @@ KNN_FN void FromMoments(const Flat<N>& g, const N (&m)[kMoments], N (&bar)[kMome
   bar[5] = m[0] / g.opacity;
 }
 
-// ---- In which tiles a Gaussian may count. T is a number.
+// ---- In which tiles and pixels a Gaussian may count. T is a number.
 //
-// raw >= 1/255 means −q <= ln(255 o). Over the rectangle of a tile's pixel centres −q, which is convex where the conic
-// is positive definite, is least where the rectangle contains the mean, or else on one of its two sides that face the
-// mean. What is rounded, here and where q is computed, is far below eight units in the last place of the largest
-// product, so that nothing that counts is ruled out.
+// raw >= 1/255 means −q <= ln(255 o) = m: an ellipse of d where the conic is positive definite. With the determinant
+// D = a c − b²,
+//
+//     |dx| <= X = √(2 c m / D), reached at dy = −b X / c,  and |dy| <= Y = √(2 a m / D);  at some dy
+//     dx = (−b dy ± √(2 a m − D dy²)) / a,  concave (+) and convex (−) functions of dy,
+//
+// so that over an interval of dy each is greatest, or least, where dy is next to where it is so without bounds. What is
+// rounded, here and where q is computed, is far below eight units in the last place of the largest product, by which m
+// is increased, so that nothing that counts is ruled out.
 template <class T>
 struct Footprint {
-  T x, y, half_a, b, half_c, most;  // most: ln(255 o)
-  bool definite;                    // else everything in the rectangle of tiles may count
-  int x0, x1, y0, y1;               // no tile outside of these columns and rows
+  T x, y;                 // the mean
+  T half_x, half_y;       // X and Y; infinite where there is no ellipse, and anything in the tiles below may count
+  T lean;                 // −b X / c
+  T b, a_m, det, over_a;  // b, 2 a m, D, 1 / a
+  int x0, x1, y0, y1;     // no tile outside of these columns and rows
 
   KNN_FN bool empty() const { return x0 >= x1 || y0 >= y1; }
 };
-
-// How much −q may be off by, where |dx| <= x and |dy| <= y.
-template <class T>
-KNN_FN T Slack(const Footprint<T>& f, T x, T y) {
-  return T(1e-3) + 8 * Precision<T>::kEpsilon * (f.half_a * x * x + Abs(f.b) * x * y + f.half_c * y * y);
-}
 
 KNN_FN float Log(float x) { return ::logf(x); }
 KNN_FN double Log(double x) { return ::log(x); }
@@ -106,50 +109,40 @@ KNN_FN double Sqrt(double x) { return ::sqrt(x); }
 
 // a c − b² to a few units in the last place, whatever cancels.
 template <class T>
-KNN_FN T Determinant(T half_a, T b, T half_c) {
+KNN_FN T Determinant(T a, T b, T c) {
   const T square = b * b, lost = FusedFma(-b, b, square);
-  return FusedFma(4 * half_a, half_c, -square) + lost;
+  return FusedFma(a, c, -square) + lost;
 }
 
-// Tiles [from, to) of `count` that have pixels between low and high.
+// Tiles [from, to) of `count` with pixels whose distance before the mean, at x, is in [low, high].
 template <class T>
-KNN_FN void TileRange(T low, T high, int count, int& from, int& to) {
-  const T first = Floor((low - 1) / kTile), last = Floor(high / kTile) + 1;
+KNN_FN void TileRange(T x, T low, T high, int count, int& from, int& to) {
+  const T slack = T(0.51) + 2 * Precision<T>::kEpsilon * (Abs(x) + Abs(low) + Abs(high));
+  const T first = Floor((x - high - slack) / kTile), last = Floor((x - low - 1 + slack) / kTile) + 1;
   from = first > 0 ? (first < count ? static_cast<int>(first) : count) : 0;
   to = last < count ? (last > 0 ? static_cast<int>(last) : 0) : count;
 }
 
-// Everywhere in the image.
-template <class T>
-KNN_FN Footprint<T> Unbounded(const Screen& screen, const T* mean, const T* conic, T opacity) {
-  Footprint<T> f = {mean[0], mean[1], conic[0] / 2, conic[1], conic[2] / 2, 0, false, 0, 0, 0, 0};
-  const T sum = (f.x - f.x) + (f.y - f.y) + (f.half_a - f.half_a) + (f.b - f.b) + (f.half_c - f.half_c);
-  if (!(opacity >= static_cast<T>(kLeastAlpha)) || sum != 0) return f;  // what is not finite covers nothing
-  f.most = Log(255 * opacity);
-  f.x1 = TileColumns(screen), f.y1 = TileRows(screen);
-  f.definite = f.half_a > 0 && f.half_c > 0 && Determinant(f.half_a, f.b, f.half_c) > 0;
-  return f;
-}
-
-// How far from the mean it may count along each axis, from dx² <= 2 (c / det) (−q) at any dy; infinity or NaN where
-// that overflows.
-template <class T>
-KNN_FN void HalfSizes(const Footprint<T>& f, T& x, T& y) {
-  const T determinant = Determinant(f.half_a, f.b, f.half_c);
-  const T x2 = 4 * f.half_c / determinant, y2 = 4 * f.half_a / determinant, wide = 2 * (f.most + 1);
-  const T most = f.most + Slack(f, Sqrt(wide * x2), Sqrt(wide * y2));
-  x = Sqrt(most * x2) * T(1.0001), y = Sqrt(most * y2) * T(1.0001);
-}
-
+// `reach` limits it to tiles in columns [reach[0], reach[1]) and rows [reach[2], reach[3]); null does not.
 template <class T>
 KNN_FN Footprint<T> FootprintOf(const Screen& screen, const T* mean, const T* conic, T opacity, const int32_t* reach) {
-  Footprint<T> f = Unbounded(screen, mean, conic, opacity);
-  if (f.definite) {
-    T x, y;
-    HalfSizes(f, x, y);
-    if (x < Precision<T>::kMost && y < Precision<T>::kMost) {
-      TileRange(f.x - x, f.x + x, TileColumns(screen), f.x0, f.x1);
-      TileRange(f.y - y, f.y + y, TileRows(screen), f.y0, f.y1);
+  const T a = conic[0], b = conic[1], c = conic[2];
+  const T everywhere = static_cast<T>(INFINITY);
+  Footprint<T> f = {mean[0], mean[1], everywhere, everywhere, 0, b, 0, 0, 0, 0, 0, 0, 0};
+  const T sum = (f.x - f.x) + (f.y - f.y) + (a - a) + (b - b) + (c - c);
+  if (!(opacity >= static_cast<T>(kLeastAlpha)) || sum != 0) return f;  // what is not finite covers nothing
+  f.x1 = TileColumns(screen), f.y1 = TileRows(screen);
+  const T det = Determinant(a, b, c);
+  if (a > 0 && c > 0 && det > Precision<T>::kLeast / Precision<T>::kEpsilon) {  // and no product underflows
+    T m = Log(255 * opacity) + T(1e-3);
+    const T x2 = 2 * c / det, y2 = 2 * a / det;
+    const T x = Sqrt(2 * (m + 1) * x2), y = Sqrt(2 * (m + 1) * y2);
+    m += 8 * Precision<T>::kEpsilon * (a * x * x / 2 + Abs(b) * x * y + c * y * y / 2);
+    const T half_x = Sqrt(m * x2) * T(1.0001), half_y = Sqrt(m * y2) * T(1.0001), a_m = 2 * a * m;
+    if (half_x < Precision<T>::kMost && half_y < Precision<T>::kMost && a_m < Precision<T>::kMost) {
+      f.half_x = half_x, f.half_y = half_y, f.lean = -b * half_x / c, f.a_m = a_m, f.det = det, f.over_a = 1 / a;
+      TileRange(f.x, -half_x, half_x, f.x1, f.x0, f.x1);
+      TileRange(f.y, -half_y, half_y, f.y1, f.y0, f.y1);
     }
   }
   if (reach != nullptr) {
@@ -159,38 +152,46 @@ KNN_FN Footprint<T> FootprintOf(const Screen& screen, const T* mean, const T* co
   return f;
 }
 
-// The least ½ a s² + b s t + ½ c t² over t in [low, high].
+// An interval; none where low > high.
 template <class T>
-KNN_FN T LeastAlong(T half_a, T b, T half_c, T s, T low, T high) {
-  T t = -b * s / (2 * half_c);
-  t = t < low ? low : t > high ? high : t;
-  return Fma(s, Fma(half_a, s, b * t), half_c * t * t);
+struct Span {
+  T low, high;
+};
+
+// dx where it may count at some dy of `rows`.
+template <class T>
+KNN_FN Span<T> SpanOf(const Footprint<T>& f, Span<T> rows) {
+  if (!(f.half_x <= Precision<T>::kMost)) return {-f.half_x, f.half_x};
+  if (rows.low > f.half_y || rows.high < -f.half_y) return {1, 0};
+  const auto clamp = [&](T dy) { return dy < rows.low ? rows.low : dy > rows.high ? rows.high : dy; };
+  const auto half = [&](T dy) {
+    const T square = f.a_m - f.det * dy * dy;
+    return square > 0 ? Sqrt(square) : T(0);
+  };
+  const T right = clamp(f.lean), left = clamp(-f.lean), slack = T(1e-4) * f.half_x;
+  return {(-f.b * left - half(left)) * f.over_a - slack, (-f.b * right + half(right)) * f.over_a + slack};
 }
 
-// Whether it may count in pixels of columns [left, right) and rows [top, bottom), none of them empty.
+// From the mean at x back to the centres of pixels [begin, end).
 template <class T>
-KNN_FN bool Touches(const Footprint<T>& f, int left, int right, int top, int bottom) {
-  if (!f.definite) return true;
-  const T x0 = f.x - (static_cast<T>(right) - T(0.5)), x1 = f.x - (static_cast<T>(left) + T(0.5));
-  const T y0 = f.y - (static_cast<T>(bottom) - T(0.5)), y1 = f.y - (static_cast<T>(top) + T(0.5));
-  const bool beside = x0 > 0 || x1 < 0, above = y0 > 0 || y1 < 0;
-  if (!beside && !above) return true;
-  T least = Precision<T>::kMost;
-  if (beside) least = LeastAlong(f.half_a, f.b, f.half_c, x0 > 0 ? x0 : x1, y0, y1);
-  if (above) {
-    const T other = LeastAlong(f.half_c, f.b, f.half_a, y0 > 0 ? y0 : y1, x0, x1);
-    least = other < least ? other : least;
-  }
-  const T x = Abs(x0) > Abs(x1) ? Abs(x0) : Abs(x1), y = Abs(y0) > Abs(y1) ? Abs(y0) : Abs(y1);
-  return !(least > f.most + Slack(f, x, y));
+KNN_FN Span<T> BackTo(T x, int begin, int end) {
+  return {x - (static_cast<T>(end) - T(0.5)), x - (static_cast<T>(begin) + T(0.5))};
 }
 
-// Whether it may count in a tile of its rectangle.
+// Columns of tiles in a row of those that it may count in.
+struct Columns {
+  int from, to;
+};
 template <class T>
-KNN_FN bool TouchesTile(const Footprint<T>& f, const Screen& screen, int column, int row) {
-  const int left = column * kTile, top = row * kTile, right = left + kTile, bottom = top + kTile;
-  return Touches(f, left, right < screen.width ? right : screen.width, top,
-                 bottom < screen.height ? bottom : screen.height);
+KNN_FN Columns ColumnsOf(const Footprint<T>& f, const Screen& screen, int row) {
+  const Span<T> span = SpanOf(f, BackTo(f.y, row * kTile, (row + 1) * kTile));
+  Columns columns = {0, 0};
+  if (span.low > span.high) return columns;
+  TileRange(f.x, span.low, span.high, TileColumns(screen), columns.from, columns.to);
+  if (columns.from < f.x0) columns.from = f.x0;
+  if (columns.to > f.x1) columns.to = f.x1;
+  if (columns.to < columns.from) columns.to = columns.from;
+  return columns;
 }
 
 }  // namespace knn::KNN_ISA

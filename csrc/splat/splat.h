@@ -10,17 +10,17 @@ namespace knn {
 // Side of the square tiles that lists are made for, and in which `reach` counts.
 inline constexpr int kTile = 16;
 
-// Scratch of the CUDA kernel that makes lists: keys twice and numbers once, of each Gaussian or pair, whichever are
+// Scratch of the CUDA kernel that makes lists: keys twice and numbers twice, of each Gaussian or pair, whichever are
 // more, and the sort's byte; and kSortBytes of knn/index/index.h, which CUB takes for histograms.
-inline constexpr int64_t kTilesBytesOfItem = 3 * 4 + 1;
+inline constexpr int64_t kTilesBytesOfItem = 4 * 4 + 1;
 
 // The lists of a batch entry. Ranks number Gaussians front to back. A pair is a tile and a Gaussian that may count in
-// it; slots number pairs by rank, then by tile. There may be more pairs than the lists hold: then only order and
-// offsets mean anything, and who needs lists goes through all Gaussians for each tile.
+// it; slots number pairs by Gaussian (CUDA) or rank (CPU), then by tile. There may be more pairs than the lists hold:
+// then only order and offsets mean anything, and who needs lists goes through all Gaussians for each tile.
 template <class Int>
 struct Lists {
   Operand<Int> order;    // [P]: which Gaussian has each rank
-  Operand<Int> offsets;  // [P + 1]: the first slot of each rank, the last being the number of pairs, at most 2³¹ − 1
+  Operand<Int> offsets;  // [P + 1]: where each Gaussian's or rank's slots begin; the last is how many there are
   Operand<Int> owners;   // [capacity]: the Gaussian of each slot
   Operand<Int> slots;    // [capacity]: sorted by tile, then by rank
   Operand<Int> ends;     // [tiles]: where each tile's slots end among these

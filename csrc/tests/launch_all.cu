@@ -365,7 +365,7 @@ void ExerciseSplat(int width, int height, int64_t P, int C, int64_t capacity, bo
     splat.channels_bar = Allocate<T>(B * P * C);
     splat.background_bar = Allocate<T>(B * C);
     const int64_t item = sizeof(T), rows = std::max(capacity * item, P * (8 + item));
-    const int64_t bytes = (6 + C) * rows + 256 + tiles * C * item;
+    const int64_t bytes = ((dual ? 12 : 6) + C) * rows + 256 + tiles * C * item;
     Check(LaunchSplatBackward(splat, Allocate<char>(bytes), bytes, nullptr), "gradients of splat");
     Check(cudaDeviceSynchronize(), "synchronize");
   }

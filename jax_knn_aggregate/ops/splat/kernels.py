@@ -79,7 +79,7 @@ def _kernels(width: int, height: int, reach: bool) -> dict[str, Kernel]:
         full = [Struct((*batch, *s.shape[len(batch) :]), s.dtype) for s in present(results)]
         masks = {"given": bits((*v, *ct, *v_ct)), "want": bits(results)}
         if platform == "cuda":
-            full.append(_scratch(width, height, x, aux, results))
+            full.append(_scratch(width, height, x, aux, results, moves=bool(present(v, v_ct))))
         call = ffi.call("splat_backward", full)
         got = call(*x, *aux, *present(v), *left, *present(ct, v_ct), **masks, **attributes)
         return [fit(a, s.shape) for a, s in zip(got, present(results), strict=False)]
@@ -111,10 +111,10 @@ def _kernels(width: int, height: int, reach: bool) -> dict[str, Kernel]:
     return {"value": value, "jvp": jvp, "vjp": vjp, "vjp_vjp": vjp_vjp, "vjp_jvp": vjp_jvp}
 
 
-def _scratch(width: int, height: int, x: Group, aux: Group, results: Group) -> Struct:
+def _scratch(width: int, height: int, x: Group, aux: Group, results: Group, *, moves: bool) -> Struct:
     """As csrc/splat/cuda.h says."""
     P, C, item, capacity = x[3].shape[-2], x[3].shape[-1], x[0].dtype.itemsize, aux[2].shape[-1]
-    row = 6 + (C if results[3] is not None else 0)
+    row = (12 if moves else 6) + (C if results[3] is not None else 0)
     of_pairs = row * larger(capacity * item, P * (item + 8))
     return Struct((of_pairs + 256 + tile_count(width, height) * C * item,), jnp.uint8)
 
