@@ -34,6 +34,7 @@ std::vector<Registration> DistortionRegistrations();
 std::vector<Registration> HashGridRegistrations();
 std::vector<Registration> MlpRegistrations();
 std::vector<Registration> SplatRegistrations();
+std::vector<Registration> ProjectionRegistrations();
 
 }  // namespace knn
 
@@ -43,7 +44,7 @@ nb::dict Registrations() {
   nb::dict platforms;
   for (const auto& list : {knn::IndexRegistrations(), knn::SearchRegistrations(), knn::AggregateRegistrations(),
                            knn::InvertRegistrations(), knn::DistortionRegistrations(), knn::HashGridRegistrations(),
-                           knn::MlpRegistrations(), knn::SplatRegistrations()}) {
+                           knn::MlpRegistrations(), knn::SplatRegistrations(), knn::ProjectionRegistrations()}) {
     for (const knn::Registration& r : list) {
       if (!platforms.contains(r.platform)) platforms[r.platform] = nb::dict();
       nb::borrow<nb::dict>(platforms[r.platform])[r.name] = nb::capsule(reinterpret_cast<void*>(r.handler));
@@ -96,6 +97,7 @@ nb::dict Numbers() {
   n["cuda.tile_bytes"] = knn::kTileBytes;
   n["cuda.right_sums"] = knn::kRightSums;
   n["cuda.tiles_bytes_of_item"] = knn::kTilesBytesOfItem;
+  n["cuda.warp"] = 32;
   return n;
 }
 

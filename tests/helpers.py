@@ -21,7 +21,7 @@ PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 ROLES = ("index", "search", "value", "jvp", "vjp", "vjp_vjp", "vjp_jvp")
 REQUIRED = {f"{metric}_{role}" for metric in ("aniso", "iso") for role in ROLES}
 REQUIRED |= {"invert", "distortion", "flat_distortion", "ray_offsets", "hash_grid"}
-REQUIRED |= {"splat_tiles", "splat_forward", "splat_backward"}
+REQUIRED |= {"splat_tiles", "splat_forward", "splat_backward", "splat_project"}
 if PLATFORM == "cpu":
     REQUIRED |= {"mlp"}  # on CUDA it is built on request
 

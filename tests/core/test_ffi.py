@@ -56,7 +56,7 @@ def test_target_names():
     assert set(ffi.TARGETS) <= {"cpu", "cuda"}
     for name in jka.FFI_TARGETS:
         aggregates = r"(aniso|iso)_(index|search|value|jvp|vjp|vjp_vjp|vjp_jvp)|invert"
-        roles = rf"{aggregates}|(flat_)?distortion|ray_offsets|hash_grid|mlp|splat_(tiles|forward|backward)"
+        roles = rf"{aggregates}|(flat_)?distortion|ray_offsets|hash_grid|mlp|splat_(project|tiles|forward|backward)"
         assert re.fullmatch(rf"jax_knn_aggregate\.({roles})", name), f"{name} is of no op, or of no role"
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ...core import checks
 from ...core.batch import known
 from ...core.checks import Array, Implementation
-from . import harmonics, projection
+from . import projection
 from .blend import blend
-from .projection import Camera, Screen
+from .project import Lens, project
 
 Extent = Literal["exact", "3sigma"]
 
@@ -143,89 +140,33 @@ def render_gaussians(
         means2d_offset=means2d_offset,
     )
     _check_shapes(given, sh_degree)
-    means, opacities, colors = (given[n] for n in ("means", "opacities", "colors"))
+    means, colors = given["means"], given["colors"]
 
     camera, usable = projection.camera(given["viewmat"], given["K"], directions=sh_degree is not None)
-    see = functools.partial(_see, eps2d=eps2d, width=width, height=height)
-    drawn, radii, tiles = _probe(*lax.stop_gradient((given, camera)), usable, see, near, far, width, height)
-    screen, z = see(given, camera, drawn)
-    if camera.centre is None or sh_degree is None:
+    lens = Lens(width, height, near, far, eps2d, bool(antialiased), extent == "3sigma")
+    seen = project(lens, given, sh_degree, camera, usable, implementation)
+    opacities, channels, radii = seen.opacities, seen.channels, seen.radii
+    if sh_degree is None:
         finite = jnp.isfinite(colors).all(-1)
-        channels = jnp.where(finite[:, None], colors, 0)
-    else:
-        sight = jnp.where(drawn[None], means.T - camera.centre, 1)
-        directions = sight / jnp.sqrt(projection.dot(sight, sight))[None]
-        channels, finite = harmonics.colors(colors[:, : (sh_degree + 1) ** 2], directions, sh_degree)
-    drawn &= finite
-    conic, shrunk = projection.conics(Screen(*(jnp.where(drawn, a, 1) for a in screen)))
-    opacities = jnp.where(drawn, opacities, 0)
-    if antialiased:
-        opacities = opacities * jnp.sqrt(jnp.maximum(shrunk, 2.5e-5))
+        opacities, radii = (jnp.where(finite, a, jnp.zeros_like(a)) for a in (opacities, radii))
+        channels = jnp.concatenate([jnp.where(finite[:, None], colors, 0), channels[:, None]], -1)
 
-    C = channels.shape[-1]
+    C = channels.shape[-1] - 1
     behind = given.get("background", jnp.zeros(C, means.dtype))
     image, alpha = blend(
-        jnp.stack([screen.u, screen.v], -1),
-        conic,
+        seen.means2d,
+        seen.conics,
         opacities,
-        jnp.concatenate([channels, z[:, None]], -1),
+        channels,
         jnp.concatenate([behind, jnp.zeros(1, means.dtype)]),
-        lax.stop_gradient(z),
-        tiles if extent == "3sigma" else None,
+        seen.depths,
+        seen.reach,
         width=width,
         height=height,
         capacity=capacity,
         implementation=implementation,
     )
-    return Rendering(image[..., :C], alpha, image[..., C], jnp.where(drawn, radii, 0))
-
-
-def _see(
-    given: dict[str, jax.Array], camera: Camera, drawn: jax.Array | None, eps2d: float, width: int, height: int
-) -> tuple[Screen, jax.Array]:
-    """Gaussians on the screen, and their z; where they are not drawn, of something whose derivatives are finite."""
-
-    def safe(a: jax.Array, instead: float) -> jax.Array:
-        return a if drawn is None else jnp.where(drawn.reshape(-1, *[1] * (a.ndim - 1)), a, instead)
-
-    position = projection.to_camera(camera, safe(given["means"], 0))
-    position = position if drawn is None else jnp.where(drawn[None], position, 1)
-    shape: projection.Shape
-    if "covariances" in given:
-        shape = projection.covariances(safe(given["covariances"], 0))
-    else:
-        shape = projection.ellipsoids(safe(given["quats"], 1), safe(given["scales"], 0))
-    screen = projection.project(camera, position, shape, eps2d, width, height)
-    if "means2d_offset" in given:
-        offset = safe(given["means2d_offset"], 0)
-        screen = screen._replace(u=screen.u + offset[:, 0], v=screen.v + offset[:, 1])
-    return screen, position[2]
-
-
-def _probe(
-    given: dict[str, jax.Array],
-    camera: Camera,
-    usable: jax.Array,
-    see: Callable[..., tuple[Screen, jax.Array]],
-    near: float,
-    far: float,
-    width: int,
-    height: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which Gaussians can be drawn, whatever their colours are; radii; tiles.
-
-    What cannot is replaced before it is seen again, with derivatives: a ``where`` behind the computation would not do,
-    as its derivative is 0·NaN where something on the way is not finite.
-    """
-    screen, z = see(given, camera, None)
-    conic, _ = projection.conics(screen)
-    drawn = usable & (z > near) & (z < far) & (screen.det != 0)
-    for a in (*screen, given["opacities"]):
-        drawn &= jnp.isfinite(a)
-    drawn &= jnp.isfinite(conic).all(-1)
-    radii, tiles = projection.reach(screen, width, height)
-    meets = (tiles[:, 0] < tiles[:, 1]) & (tiles[:, 2] < tiles[:, 3])
-    return drawn, jnp.where(meets, radii, 0), jnp.where(drawn[:, None], tiles, 0)
+    return Rendering(image[..., :C], alpha, image[..., C], radii)
 
 
 # Arguments.

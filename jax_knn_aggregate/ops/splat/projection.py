@@ -1,5 +1,7 @@
 """Gaussians on the screen (Zwicker et al. 2001, Kerbl et al. 2023), in plain JAX, so that any derivative is JAX's own.
 
+What depends on the camera alone is always computed so; the rest where ``project.py`` has no kernels.
+
 Inside, arrays have their last axis over Gaussians: vectors (3, P), matrices (3, 3, P). Their products are written as
 sums of products: matrix units would round operands, and libraries are no help where matrices are three by three.
 """
@@ -92,8 +94,13 @@ def parts(a: jax.Array) -> list[jax.Array]:
     return [part[0] for part in lax.split(a, (1,) * a.shape[0], 0)]
 
 
-def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[Camera, jax.Array]:
-    """And whether it is one: finite, with focal lengths and, where directions from it are asked for, a centre."""
+#: How many numbers make a camera, without its centre and with it.
+CAMERA_SIZE, CAMERA_SIZE_WITH_CENTRE = 16, 19
+
+
+def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[jax.Array, jax.Array]:
+    """The parts of a ``Camera`` in a row; and whether it is one: finite, with focal lengths and, where directions from
+    it are asked for, a centre."""
     counts = viewmat if directions else viewmat[:3]
     intrinsics = jnp.stack([K[0, 0], K[1, 1], K[0, 2], K[1, 2]])
     usable = jnp.isfinite(counts).all() & jnp.isfinite(intrinsics).all() & (intrinsics[:2] != 0).all()
@@ -101,12 +108,14 @@ def camera(viewmat: jax.Array, K: jax.Array, directions: bool) -> tuple[Camera, 
         usable &= jnp.isfinite(_centre(lax.stop_gradient(viewmat))).all()
     # Another one in its place, which will show nothing: no derivative may meet NaN.
     viewmat = jnp.where(usable, viewmat, jnp.eye(4, dtype=viewmat.dtype))
-    intrinsics = jnp.where(usable, intrinsics, 1)[:, None]
-    centre = _centre(viewmat)[:, None] if directions else None
-    viewmat = viewmat[..., None]
-    rotation, translation = lax.split(viewmat[:3], (3, 1), 1)
-    focal, principal = lax.split(intrinsics, (2, 2), 0)
-    return Camera(rotation, translation[:, 0], focal, principal, centre), usable
+    parts = [viewmat[:3, :3].ravel(), viewmat[:3, 3], jnp.where(usable, intrinsics, 1)]
+    return jnp.concatenate([*parts, _centre(viewmat)] if directions else parts), usable
+
+
+def camera_of(row: jax.Array) -> Camera:
+    """The other way."""
+    rotation, *rest = lax.split(row[:, None], (9, 3, 2, 2, *([3] if len(row) > CAMERA_SIZE else [])), 0)
+    return Camera(rotation.reshape(3, 3, 1), *rest, *([] if len(row) > CAMERA_SIZE else [None]))
 
 
 def _centre(viewmat: jax.Array) -> jax.Array:
@@ -173,7 +182,8 @@ def project(camera: Camera, position: jax.Array, shape: Shape, eps2d: float, wid
     across, z = lax.split(position, (2, 1), 0)
     slopes, magnification = across / z, camera.focal / z
     u, v = parts(camera.focal * slopes + camera.principal)
-    most = 1.3 / 2 * jnp.array([[width], [height]], z.dtype) / camera.focal
+    sizes = zip((width, height), lax.split(camera.focal, (1, 1), 0), strict=True)
+    most = jnp.concatenate([1.3 / 2 * size / focal for size, focal in sizes])
     slopes = jnp.where(slopes > most, most, jnp.where(slopes < -most, -most, slopes))
     right, down, forward = parts(camera.rotation)
     tx, ty = parts(slopes)
