@@ -322,24 +322,24 @@ struct Stage {
   uint8_t warps[kEntries];  // a bit for each warp in whose pixels it may count
 };
 
-// As entry i, with channels from `first` on.
+// As entry i. More than four channels come after it.
 template <class T, class N, int kEntries, int kC>
-__device__ __forceinline__ void StageEntry(const Splat<T>& args, int64_t b, const Walk<T>& walk, Member member,
-                                           int first, int i, Stage<N, kEntries, kC>& stage) {
+__device__ __forceinline__ void StageEntry(const Splat<T>& args, int64_t b, const Walk<T>& walk, Member member, int i,
+                                           Stage<N, kEntries, kC>& stage) {
   stage.warps[i] = 0;
   if (member.owner < 0) return;
   const Row<N, T> means(args.means, args.batch, b), conics(args.conics, args.batch, b);
   const Row<N, T> opacities(args.opacities, args.batch, b), channels(args.channels, args.batch, b);
   const int64_t at = member.owner;
-  Staged<N, kC> entry;
-  entry.flat = {
+  const Flat<N> flat = {
       means[2 * at], means[2 * at + 1], Scale(0.5, conics[3 * at]), conics[3 * at + 1], Scale(0.5, conics[3 * at + 2]),
       opacities[at]};
-  const Flat<N>& flat = entry.flat;
-  entry.owner = member.owner, entry.row = member.row;
+  N few[4] = {};
+  if constexpr (kC <= 4) {
 #pragma unroll
-  for (int c = 0; c < kC; ++c) {
-    entry.channel[c] = first + c < args.channel_count ? channels[at * args.channel_count + first + c] : N{};
+    for (int c = 0; c < kC; ++c) {
+      if (c < args.channel_count) few[c] = channels[at * args.channel_count + c];
+    }
   }
   const T mean[2] = {ValueOf(flat.x), ValueOf(flat.y)};
   const T conic[3] = {2 * ValueOf(flat.half_a), ValueOf(flat.b), 2 * ValueOf(flat.half_c)};
@@ -361,9 +361,62 @@ __device__ __forceinline__ void StageEntry(const Splat<T>& args, int64_t b, cons
       if (span.low <= span.high && pixels.low <= span.high && pixels.high >= span.low) warps |= 1u << (warp + half);
     }
   }
-  stage.entries[i] = entry;
+  Staged<N, kC>& entry = stage.entries[i];
+  entry.flat = flat, entry.owner = member.owner, entry.row = member.row;
+  if constexpr (kC <= 4) {
+#pragma unroll
+    for (int c = 0; c < kC; ++c) entry.channel[c] = few[c];
+  }
   stage.warps[i] = static_cast<uint8_t>(warps);
 }
+
+// Many channels of staged entries, from `first` on: neighbouring threads read neighbouring ones, and write them to the
+// entries when nobody goes through these.
+template <class N, int kEntries, int kC>
+class Fetched {
+ public:
+  template <class T>
+  __device__ __forceinline__ Fetched(const Splat<T>& args, int64_t b, int first, const Stage<N, kEntries, kC>& stage,
+                                     bool staged = true)
+      : width_(min(kC, args.channel_count - first)), inverse_(((1 << kShift) - 1 + width_) / width_) {
+    const Row<N, T> channels(args.channels, args.batch, b);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const Place at = PlaceOf(j);
+      const bool there = staged && at.entry < kEntries && stage.warps[at.entry] != 0;
+      x_[j] = there ? channels[int64_t{stage.entries[at.entry].owner} * args.channel_count + first + at.channel] : N{};
+    }
+  }
+
+  __device__ __forceinline__ void Put(Stage<N, kEntries, kC>& stage) const {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const Place at = PlaceOf(j);
+      if (at.entry < kEntries) stage.entries[at.entry].channel[at.channel] = x_[j];
+    }
+  }
+
+  // 0 for those behind the last, which no one puts there.
+  static __device__ __forceinline__ void Clear(Stage<N, kEntries, kC>& stage) {
+    for (int k = threadIdx.x; k < (kEntries + 1) * kC; k += kThreads) stage.entries[k / kC].channel[k % kC] = N{};
+  }
+
+ private:
+  static constexpr int kEach = (kEntries * kC + kThreads - 1) / kThreads, kShift = 18;
+  static_assert(kEach * kThreads * kC < 1 << kShift, "so that quotients are exact");
+
+  struct Place {
+    int entry, channel;
+  };
+  __device__ __forceinline__ Place PlaceOf(int j) const {
+    const int k = threadIdx.x + j * kThreads, entry = static_cast<int>(static_cast<uint32_t>(k) * inverse_ >> kShift);
+    return {entry, k - entry * width_};
+  }
+
+  int width_;
+  uint32_t inverse_;
+  N x_[kEach];
+};
 
 // Of the entries from 0 up to `end`, or from there down, those that this warp goes through, in that order, and after
 // them kPad that cover nothing. `touched` gets a bit for each.
@@ -428,23 +481,20 @@ constexpr int kMost = 36;
 
 // Entries that are gone through without a branch between them.
 template <class N, int kC>
-constexpr int kTogether = kC <= 4 && sizeof(N) == 4 ? 4 : 1;
+constexpr int kTogether = sizeof(N) > 4 ? 1 : (kC > 4 ? 2 : 4);
 
 // Blocks that a multiprocessor should have room for.
 template <class N, int kC>
-constexpr int kForwardBlocks = sizeof(N) > 4 ? 1
-                               : kC > 4      ? 2
-                                             : 4;
+constexpr int kForwardBlocks = sizeof(N) > 4 ? 1 : (kC > 4 ? 2 : 4);
 template <class N, int kC>
-constexpr int kBackwardBlocks = kC > 4 || sizeof(N) > 8 ? 1
-                                : sizeof(N) > 4         ? 2
-                                                        : 3;
+constexpr int kBackwardBlocks = sizeof(N) > 4 ? (kC > 4 || sizeof(N) > 8 ? 1 : 2) : (kC > 4 ? 2 : 3);
 
 // kC channels at a time. Where a pixel has ended, no transmittance is enough.
 template <class T, class N, int kC>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<N, kC>) Forward(const __grid_constant__ Splat<T> args) {
   constexpr int kEntries = sizeof(N) > 8 || kC > 4 ? 128 : 256, kAtOnce = kTogether<N, kC>;
   constexpr bool kDual = !std::is_same_v<N, T>;
+  using Channels = Fetched<N, kEntries, kC>;
   __shared__ Stage<N, kEntries, kC> stage;
   alignas(16) __shared__ int32_t lists[kWarps][kEntries + 4];
   const int tiles = TileCount(args.screen), C = args.channel_count;
@@ -458,6 +508,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<N, kC>) Forward(const
   if (threadIdx.x == 0) stage.entries[kEntries] = {};
 #pragma unroll 1
   for (int first = 0; first < C; first += kC) {
+    if constexpr (kC > 4) Channels::Clear(stage);
     N image[kC] = {}, through = Constant<N>(T(1));
     int32_t last = 0;
     T enough = pixel.inside ? static_cast<T>(kLeastThrough) : never;
@@ -465,10 +516,14 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<N, kC>) Forward(const
     for (int32_t base = 0; base < walk.count; base += kEntries) {
       if (__syncthreads_count(enough < never) == 0) break;
       if (threadIdx.x < kEntries) {
-        StageEntry(args, b, walk, next, first, threadIdx.x, stage);
+        StageEntry(args, b, walk, next, threadIdx.x, stage);
         next = walk[int64_t{base} + kEntries + threadIdx.x];
       }
       __syncthreads();
+      if constexpr (kC > 4) {
+        Channels(args, b, first, stage).Put(stage);
+        __syncthreads();
+      }
       const int count = ListOfWarp<false, kAtOnce - 1>(stage, kEntries, list);
 #pragma unroll 1
       for (int k = 0; k < count; k += kAtOnce) {
@@ -544,9 +599,11 @@ struct Back {
   static constexpr int kOfMoments = kDual ? 2 * kMoments : kMoments, kWidth = kOfMoments + kC;
   // Entries that are staged at a time, and those of them that a warp sums at a time. The sums of a warp's pixels are in
   // one of two buffers, while those of the entries before are summed over warps. Shared memory of any GPU has room.
-  static constexpr int kEntries = !kFew ? 16 : sizeof(N) == 4 ? 48 : sizeof(N) == 8 ? 24 : 8;
+  static constexpr int kOfMany = kC > kMany<N> ? 32 : (sizeof(T) == 4 ? 24 : 16);
+  static constexpr int kEntries = kFew ? (sizeof(N) == 4 ? 48 : (sizeof(N) == 8 ? 24 : 8)) : kOfMany;
   static constexpr int kGroup = sizeof(N) == 4 ? 8 : sizeof(N) == 8 ? 4 : 2;
-  static constexpr int kBuffers = kFew ? 2 : 1;
+  static constexpr int kBuffers = kFew ? 2 : 1, kAhead = kFew ? 1 : 2;
+  static constexpr int kSome = kC % 12 == 0 ? 12 : kC % 8 == 0 ? 8 : kC;  // channels that a lane sums at a time
   static constexpr int kWords = (kEntries + kWarp - 1) / kWarp;
 
   // What a warp has: its pixels' cotangents; and of entries that it has been through, q̄ and weight at each pixel.
@@ -574,12 +631,16 @@ struct Back {
     const int i = there ? list[e] : kEntries;
     const N gx = stage.entries[i].flat.x, gy = stage.entries[i].flat.y;
     const N dy = gy - Constant<N>(top + static_cast<T>(first / kWarpColumns) + T(0.5));
+    const auto over_parts = [&](int k, T sum) {
+#pragma unroll
+      for (int step = kGroup; step < kWarp; step *= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
+      if (there && first == 0) mine.sums[buffer][i][k] = sum;
+    };
     N moments[kMoments] = {};
-    T channels[kC] = {};
 #pragma unroll
     for (int s = 0; s < kGroup; ++s) {
       const int p = first + s;
-      const N q_bar = mine.q_bar[e][p], weight = mine.weight[e][p];
+      const N q_bar = mine.q_bar[e][p];
       const N dx = gx - Constant<N>(left + static_cast<T>(p % kWarpColumns) + T(0.5));
       const N q_dx = q_bar * dx, q_dy = q_bar * dy;
       moments[0] = moments[0] + q_bar;
@@ -588,28 +649,31 @@ struct Back {
       moments[3] = Fma(q_dx, dx, moments[3]);
       moments[4] = Fma(q_dx, dy, moments[4]);
       moments[5] = Fma(q_dy, dy, moments[5]);
-#pragma unroll
-      for (int c = 0; c < kC; ++c) {
-        if constexpr (kDual) {
-          const N g = mine.ct[p][c];
-          channels[c] = Fma(weight.value, g.tangent, Fma(weight.tangent, g.value, channels[c]));
-        } else {
-          channels[c] = Fma(weight, mine.ct[p][c], channels[c]);
-        }
-      }
     }
-    const auto over_parts = [&](int k, T sum) {
-#pragma unroll
-      for (int step = kGroup; step < kWarp; step *= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
-      if (there && first == 0) mine.sums[buffer][i][k] = sum;
-    };
 #pragma unroll
     for (int m = 0; m < kMoments; ++m) {
       over_parts(m, ValueOf(moments[m]));
       if constexpr (kDual) over_parts(kMoments + m, moments[m].tangent);
     }
+#pragma unroll 1
+    for (int c0 = 0; c0 < kC; c0 += kSome) {
+      T channels[kSome] = {};
 #pragma unroll
-    for (int c = 0; c < kC; ++c) over_parts(kOfMoments + c, channels[c]);
+      for (int s = 0; s < kGroup; ++s) {
+        const N weight = mine.weight[e][first + s];
+#pragma unroll
+        for (int c = 0; c < kSome; ++c) {
+          const N g = mine.ct[first + s][c0 + c];
+          if constexpr (kDual) {
+            channels[c] = Fma(weight.value, g.tangent, Fma(weight.tangent, g.value, channels[c]));
+          } else {
+            channels[c] = Fma(weight, g, channels[c]);
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kSome; ++c) over_parts(kOfMoments + c0 + c, channels[c]);
+    }
     __syncwarp();
   }
 
@@ -646,6 +710,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
     Backward(const __grid_constant__ Splat<T> args, int64_t b, const __grid_constant__ Left<T> left_over, int pass,
              int log_terms) {
   using B = Back<T, N, kC>;
+  using Channels = Fetched<N, B::kEntries, kC>;
   constexpr bool kDual = B::kDual;
   constexpr int kEntries = B::kEntries, kAtOnce = kTogether<N, kC>;
   extern __shared__ double2 memory[];
@@ -710,11 +775,25 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
     }
     behind = behind * end;
     Member next = {-1, 0};
-    if (turn(0) < kEntries) {
-      StageEntry(args, b, walk, batches > 0 ? walk[base(0) + turn(0)] : next, first, turn(0), shared.stage[0]);
+    const auto find = [&](int n) {
+      if (n < batches && turn(n) < kEntries) next = walk[base(n) + turn(n)];
+    };
+    const auto stage_entries = [&](int n) {
+      if (n < batches && turn(n) < kEntries) StageEntry(args, b, walk, next, turn(n), shared.stage[n % 3]);
+    };
+#pragma unroll
+    for (int n = 0; n < B::kAhead; ++n) {
+      if constexpr (kC > 4) Channels::Clear(shared.stage[n]);
+      find(n);
+      stage_entries(n);
     }
-    if (batches > 1 && turn(1) < kEntries) next = walk[base(1) + turn(1)];
+    if constexpr (kC > 4) Channels::Clear(shared.stage[2]);
+    find(B::kAhead);
     __syncthreads();
+    if constexpr (kC > 4) {
+      if (batches > 0) Channels(args, b, first, shared.stage[0]).Put(shared.stage[0]);
+      __syncthreads();
+    }
     if (pass == 0 && threadIdx.x < kC && first + static_cast<int>(threadIdx.x) < C) {
       T sum = 0;
       for (int w = 0; w < kWarps; ++w) sum += shared.warp[w].of_background[threadIdx.x];
@@ -729,10 +808,16 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
         B::Leave(args, walk, left_over, shared, shared.stage[(n - 1) % 3], buffer ^ 1, base(n - 1), first, pass,
                  log_terms);
       }
-      if (n + 1 < batches && turn(n + 1) < kEntries) {
-        StageEntry(args, b, walk, next, first, turn(n + 1), shared.stage[(n + 1) % 3]);
-      }
-      if (n + 2 < batches && turn(n + 2) < kEntries) next = walk[base(n + 2) + turn(n + 2)];
+      stage_entries(n + B::kAhead);
+      find(n + B::kAhead + 1);
+      // Channels come when entries are there, and where they may not be put yet.
+      const auto fetched = [&] {
+        if constexpr (kC > 4) {
+          return Channels(args, b, first, shared.stage[(n + 1) % 3], n + 1 < batches);
+        } else {
+          return 0;
+        }
+      }();
 
       const int count = ListOfWarp<true, kAtOnce - 1>(stage, warp_last - base(n), mine.list, mine.touched[buffer]);
 #pragma unroll 1
@@ -764,6 +849,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
           for (int j = 0; j < kAtOnce; ++j) mine.q_bar[k + j][lane] = q_bars[j], mine.weight[k + j][lane] = weights[j];
         }
         B::SumPixels(stage, mine, mine.list + group, here, buffer, left, top);
+      }
+      if constexpr (kC > 4) {
+        if (n + 1 < batches) fetched.Put(shared.stage[(n + 1) % 3]);
       }
       __syncthreads();
       if (B::kBuffers == 1 || n + 1 == batches) {
