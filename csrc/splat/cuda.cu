@@ -608,8 +608,11 @@ struct Back {
 
   // What a warp has: its pixels' cotangents; and of entries that it has been through, q̄ and weight at each pixel.
   struct OfWarp {
-    alignas(16) N ct[kWarp][kC];
-    N q_bar[kGroup][kWarp + 1], weight[kGroup][kWarp + 1];  // rows are in banks of their own
+    struct {
+      alignas(16) N ct[kGroup][kC];
+      alignas(16) N gap;
+    } part[kWarp / kGroup];                                 // whose rows are in banks of their own
+    N q_bar[kGroup][kWarp + 1], weight[kGroup][kWarp + 1];  // likewise
     alignas(16) int32_t list[kEntries + 4];
     T sums[kBuffers][kEntries][kWidth];
     unsigned touched[kBuffers][kWords];
@@ -663,7 +666,7 @@ struct Back {
         const N weight = mine.weight[e][first + s];
 #pragma unroll
         for (int c = 0; c < kSome; ++c) {
-          const N g = mine.ct[first + s][c0 + c];
+          const N g = mine.part[first / kGroup].ct[s][c0 + c];
           if constexpr (kDual) {
             channels[c] = Fma(weight.value, g.tangent, Fma(weight.tangent, g.value, channels[c]));
           } else {
@@ -771,7 +774,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
       }
       const T sum = WarpSum(Result(end * ct[c]));
       if (lane == 0) mine.of_background[c] = sum;
-      mine.ct[lane][c] = ct[c];
+      mine.part[lane / B::kGroup].ct[lane % B::kGroup][c] = ct[c];
     }
     behind = behind * end;
     Member next = {-1, 0};
