@@ -243,6 +243,15 @@ class Oracle:
         empty = (tiles[0] >= tiles[1]) | (tiles[2] >= tiles[3])
         self.radii = np.where(drawn & ~empty, radius, 0).astype(int)
 
+        # All there is to blend, by column.
+        self.drawn, self.tiles = drawn, np.stack(tiles, -1)
+        self.projected = {
+            "means2d": [u, v],
+            "conics": [c / det, -b / det, a / det],
+            "opacities": [opacities],
+            "channels": [*([colors[:, i] for i in range(3)] if sh_degree is not None else []), z],
+        }
+
         # Front to back.
         X, Y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
         transmittance, live = var(np.ones((height, width))), np.ones((height, width), bool)
@@ -291,8 +300,19 @@ class Oracle:
 
     def first(self, ct):
         """Gradients, by name, of Σ ct·output."""
-        loss = sum(total(self.outputs[n], c) for n, c in ct.items())
+        return self.gradients(sum(total(self.outputs[n], c) for n, c in ct.items()))
+
+    def gradients(self, loss):
         return dict(zip(self.inputs, gradients(loss, list(self.inputs.values())), strict=True))
+
+    def first_of_projected(self, ct):
+        """Of Σ ct·projected, over those that are drawn; ct has the columns as its last axis."""
+        parts = [(column, ct[n][:, i]) for n, columns in self.projected.items() for i, column in enumerate(columns)]
+        return self.gradients(sum(total(column, np.where(self.drawn, c, 0)) for column, c in parts))
+
+    def values_of_projected(self):
+        columns = {n: np.stack([column.value for column in many], -1) for n, many in self.projected.items()}
+        return {n: np.where(self.drawn[:, None], a, 0) for n, a in columns.items()}
 
 
 def stepped(scene, v, options):

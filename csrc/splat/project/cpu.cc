@@ -24,8 +24,8 @@ namespace {
 
 constexpr int64_t kGaussiansOfTask = 512;
 
-// Some rows of an array (…, columns), `stride` numbers apart, at most as many as there are lanes; into out, column after
-// column. Lanes without a row get the last one.
+// Some rows of an array (…, columns), `stride` numbers apart, at most as many as there are lanes; into out, column
+// after column. Lanes without a row get the last one.
 template <class T>
 void LoadRows(const T* a, int64_t stride, int rows, int columns, T* out) {
   constexpr int kLanes = Vec<T>::kLanes;
@@ -196,8 +196,8 @@ struct Projector {
     Symmetric<N> symmetric;
     if (matrices) {
       Read(args.covariances, some, matrix);
-      symmetric = SymmetricPart<N>({matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], matrix[5], matrix[6],
-                                    matrix[7], matrix[8]});
+      symmetric = SymmetricPart<N>(
+          {matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], matrix[5], matrix[6], matrix[7], matrix[8]});
       view.bare = SeenAlong(symmetric, view.a, view.b, view.w);
     } else {
       Read(args.quats, some, quats);
@@ -244,17 +244,17 @@ struct Projector {
       if (args.depths != nullptr) WriteReach(args, view, Select(drawn, V::Broadcast(1), V{}), at, some.rows);
     }
     if (args.wants_gradients()) {
-      Pull(args, some, camera, mean, quats, ellipsoid, symmetric, opacity, view, drawn, sight, sh, harmonics,
-           color, camera_sums, bars);
+      Pull(args, some, camera, mean, quats, ellipsoid, symmetric, opacity, view, drawn, sight, sh, harmonics, color,
+           camera_sums, bars);
     }
   }
 
   template <class Drawn>
   static void Pull(const Args& args, const Some& some, const Camera<N>& camera, const Point<N>& mean,
                    const Columns<4>& quats, const Ellipsoid<N>& ellipsoid, const Symmetric<N>& symmetric,
-                   const N& opacity, const View<N>& view, Drawn drawn,
-                   const Sight<N>& sight, const Columns<kMostColumns>& sh, const N (&harmonics)[kMostHarmonics],
-                   const N (&color)[3], T* camera_sums, Bars& bars) {
+                   const N& opacity, const View<N>& view, Drawn drawn, const Sight<N>& sight,
+                   const Columns<kMostColumns>& sh, const N (&harmonics)[kMostHarmonics], const N (&color)[3],
+                   T* camera_sums, Bars& bars) {
     const auto add = [&](V& sum, N bar) { sum = sum + Select(drawn, Result(bar), V{}); };
     Columns<2> means2d_ct;
     Columns<3> conics_ct;
@@ -265,8 +265,11 @@ struct Projector {
     Read(args.opacities_ct, some, opacities_ct);
     const int channels = args.channel_count();
     Read(args.channels_ct, some, channels, channels, channels_ct);
-    const ViewCotangent<N> ct = {means2d_ct[0],   means2d_ct[1],       {conics_ct[0], conics_ct[1], conics_ct[2]},
-                                 opacities_ct[0], channels_ct[channels - 1]};
+    const ViewCotangent<N> ct = {means2d_ct[0],
+                                 means2d_ct[1],
+                                 {conics_ct[0], conics_ct[1], conics_ct[2]},
+                                 opacities_ct[0],
+                                 channels_ct[channels - 1]};
     ViewBar<N> bar = {};
     if (args.has_colors()) {
       N color_bar[3];

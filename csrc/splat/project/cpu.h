@@ -6,9 +6,9 @@
 
 namespace knn {
 
-#define KNN_DECLARE(isa)                                                     \
-  namespace isa {                                                            \
-  template <class T>                                                         \
+#define KNN_DECLARE(isa)                                                \
+  namespace isa {                                                       \
+  template <class T>                                                    \
   CpuKernel<Projection<T>> ProjectionKernel(const Projection<T>& args); \
   }
 KNN_FOR_EACH_ISA(KNN_DECLARE)

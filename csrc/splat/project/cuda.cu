@@ -127,13 +127,9 @@ struct Rows {
   }
 };
 
-// n numbers of each of a warp's Gaussians, of which `rows` are there, through shared memory.
+// Writes or adds n numbers of each of a warp's Gaussians, of which `rows` are there, through shared memory.
 template <class T, int n>
-__device__ __forceinline__ void WriteNumbers(const T (&x)[n], T* shared, int rows, T* a) {
-  if (n == 1) {
-    if (Lane() < rows) a[Lane()] = x[0];
-    return;
-  }
+__device__ __forceinline__ void WriteNumbers(const T (&x)[n], T* shared, int rows, T* a, bool add = false) {
   __syncwarp();
 #pragma unroll
   for (int k = 0; k < n; ++k) shared[Lane() * n + k] = x[k];
@@ -141,7 +137,7 @@ __device__ __forceinline__ void WriteNumbers(const T (&x)[n], T* shared, int row
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     const int at = k * kWarp + Lane();
-    if (at < rows * n) a[at] = shared[at];
+    if (at < rows * n) a[at] = add ? a[at] + shared[at] : shared[at];
   }
 }
 
@@ -155,200 +151,232 @@ struct Block {
   };
 };
 
-// Two numbers of a Gaussian, and so on, from an array of n for each.
-template <class N, class T>
-__device__ __forceinline__ Point<N> PointAt(const Row<N, T>& a, int64_t i) {
-  return {a[3 * i], a[3 * i + 1], a[3 * i + 2]};
+// Batch entries are launched one by one, each with arguments of its own, as if it were alone.
+template <class T>
+Projection<T> EntryOf(const Projection<T>& args, int64_t b, int64_t c) {
+  Projection<T> e = args;
+  const auto input = [&](Input<T>& x) {
+    x = {{AtOrNull(x.value, args.batch, b), {}}, {AtOrNull(x.tangent, args.batch, b), {}}};
+  };
+  for (Input<T>* x : {&e.means, &e.quats, &e.scales, &e.covariances, &e.opacities, &e.offset, &e.colors, &e.camera,
+                      &e.means2d_ct, &e.conics_ct, &e.opacities_ct, &e.channels_ct}) {
+    input(*x);
+  }
+  e.usable = {At(args.usable, args.batch, b), {}};
+  const auto result = [](auto& data, int64_t offset) {
+    if (data != nullptr) data += offset;
+  };
+  const int64_t P = args.P, size = args.camera_size();
+  result(e.means2d, b * P * 2), result(e.conics, b * P * 3), result(e.opacities_out, b * P);
+  result(e.channels, b * P * args.channel_count()), result(e.depths, b * P), result(e.radii, b * P);
+  result(e.reach, b * P * 4), result(e.camera_bar, b * size), result(e.camera_parts, b * size * WarpsOf(P));
+  result(e.means_bar, c * P * 3), result(e.quats_bar, c * P * 4), result(e.scales_bar, c * P * 3);
+  result(e.covariances_bar, c * P * 9), result(e.opacities_bar, c * P), result(e.offset_bar, c * P * 2);
+  result(e.colors_bar, c * P * args.M * 3);
+  return e;
 }
 
-template <class T, bool kDual, bool kGradients>
-__global__ void __launch_bounds__(Block<T, kDual>::kThreads)
-    ProjectionKernel(const __grid_constant__ Projection<T> args, const __grid_constant__ SplitBatch split,
-                     uint32_t kept, uint32_t entries) {
-  using Block = Block<T, kDual>;
-  using N = typename Block::N;
-  __shared__ typename Block::Memory memories[Block::kWarps];
-  typename Block::Memory& memory = memories[threadIdx.x / kWarp];
-  const uint32_t warps = static_cast<uint32_t>(WarpsOf(args.P));
-  const uint32_t warp = blockIdx.x * Block::kWarps + threadIdx.x / kWarp, c = warp / warps, of_entry = warp - c * warps;
-  if (c >= kept) return;
-  const int64_t first = int64_t{of_entry} * kWarp;
-  const int rows = static_cast<int>(args.P - first < kWarp ? args.P - first : kWarp);
-  const int64_t i = first + (Lane() < rows ? Lane() : rows - 1);
-  const bool matrices = args.covariances.value.data != nullptr;
-  const Rows<T> sh_rows = {3 * (args.degree + 1) * (args.degree + 1), 3 * args.M};
+// An input of such an entry.
+template <class N, class T>
+__device__ __forceinline__ Row<N, T> RowOf(const Input<T>& input) {
+  return Row<N, T>(input, Batch{}, 0);
+}
 
-  // Sums over batch entries. shape: a quaternion and scales, or the upper triangle of a matrix.
-  T mean_sum[3] = {}, shape_sum[7] = {}, opacity_sum[1] = {}, offset_sum[2] = {};
-  for (uint32_t s = 0; s < entries; ++s) {
-    const uint32_t b = Join(split, c, s);
-    const auto row_of = [&](const Input<T>& input) { return Row<N, T>(input, args.batch, b); };
-    const Row<N, T> camera_row = row_of(args.camera);
-    const Camera<N> camera([&](int k) { return camera_row[k]; }, args.screen, args.camera_size());
-    const Point<N> mean = PointAt(row_of(args.means), i);
-    const N opacity = row_of(args.opacities)[i];
+// What is known of a Gaussian before its colour is.
+template <class T, class N>
+struct Gaussian {
+  Camera<N> camera;
+  Point<N> mean;
+  N opacity;
+  Quaternion<N> quat;
+  Ellipsoid<N> ellipsoid;  // or
+  Symmetric<N> symmetric;
+  View<N> view;
 
-    View<N> view;
+  __device__ __forceinline__ Gaussian(const Projection<T>& args, int64_t i) : camera(CameraOf(args)) {
+    const auto point = [&](const Row<N, T>& a) { return Point<N>{a[3 * i], a[3 * i + 1], a[3 * i + 2]}; };
+    mean = point(RowOf<N>(args.means));
+    opacity = RowOf<N>(args.opacities)[i];
     Locate(camera, mean, view);
-    Quaternion<N> quat = {};
-    Ellipsoid<N> ellipsoid = {};
-    Symmetric<N> symmetric = {};
-    if (matrices) {
-      const Row<N, T> m = row_of(args.covariances);
-      symmetric = SymmetricPart<N>({m[9 * i], m[9 * i + 1], m[9 * i + 2], m[9 * i + 3], m[9 * i + 4], m[9 * i + 5],
-                                    m[9 * i + 6], m[9 * i + 7], m[9 * i + 8]});
+    if (args.covariances.value.data != nullptr) {
+      const Row<N, T> m = RowOf<N>(args.covariances);
+      N entries[9];
+#pragma unroll
+      for (int k = 0; k < 9; ++k) entries[k] = m[9 * i + k];
+      symmetric = SymmetricPart(entries);
       view.bare = SeenAlong(symmetric, view.a, view.b, view.w);
     } else {
-      const Row<N, T> q = row_of(args.quats);
+      const Row<N, T> q = RowOf<N>(args.quats);
       quat = {q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]};
-      ellipsoid = EllipsoidOf(quat, PointAt(row_of(args.scales), i));
+      ellipsoid = EllipsoidOf(quat, point(RowOf<N>(args.scales)));
       view.bare = SeenAlong(ellipsoid, view.a, view.b, view.w);
     }
     Flatten(args.eps2d, args.antialiased, view);
     if (args.offset.value.data != nullptr) {
-      const Row<N, T> offset = row_of(args.offset);
+      const Row<N, T> offset = RowOf<N>(args.offset);
       view.u = view.u + offset[2 * i], view.v = view.v + offset[2 * i + 1];
     }
-    bool drawn = *At(args.usable, args.batch, b) != 0 && Lane() < rows && IsSeen(args.near, args.far, view, opacity);
+  }
 
-    Sight<N> sight = {};
-    N harmonics[kMostHarmonics], color[3] = {};
-    T* const values = memory.rows[0] + Lane() * Rows<T>::kStride;
-    T* const tangents = memory.rows[kDual ? 1 : 0] + Lane() * Rows<T>::kStride;
-    const bool colors_move = kDual && args.colors.tangent.data != nullptr;
-    const auto sh = [&](int k) -> N {
-      if constexpr (kDual) {
-        return {values[k], colors_move ? tangents[k] : T(0)};
-      } else {
-        return values[k];
-      }
-    };
-    if (args.has_colors()) {
-      const uint32_t which = __ballot_sync(kFullMask, drawn);
-      const auto at = [&](const Operand<const T>& a) { return At(a, args.batch, b) + first * sh_rows.stride; };
-      sh_rows.Fetch(at(args.colors.value), which, memory.rows[0]);
-      if (colors_move) sh_rows.Fetch(at(args.colors.tangent), which, memory.rows[kDual ? 1 : 0]);
-      if (drawn) {
-        sight = SightOf(mean, camera.centre);
-        Harmonics(args.degree, sight.direction, harmonics);
-        Colors(args.degree, harmonics, sh, color);
-        T sum = 0;
-        for (const N& part : color) sum += ValueOf(part) - ValueOf(part);
-        drawn = IsZero(sum);
-      }
-    }
-    const auto shown = [&](const N& x) { return drawn ? Result(x) : T(0); };
+  static __device__ __forceinline__ Camera<N> CameraOf(const Projection<T>& args) {
+    const Row<N, T> row = RowOf<N>(args.camera);
+    return Camera<N>([&](int k) { return row[k]; }, args.screen, args.camera_size());
+  }
+};
 
-    const int64_t to = b * args.P + first;
-    if (args.means2d != nullptr) {
-      WriteNumbers<T, 2>({shown(view.u), shown(view.v)}, memory.numbers, rows, args.means2d + 2 * to);
-      WriteNumbers<T, 3>({shown(view.conic[0]), shown(view.conic[1]), shown(view.conic[2])}, memory.numbers, rows,
-                         args.conics + 3 * to);
-      WriteNumbers<T, 1>({shown(opacity * view.factor)}, memory.numbers, rows, args.opacities_out + to);
-      if (args.has_colors()) {
-        const auto clamped = [&](const N& x) { return ValueOf(x) > 0 ? shown(x) : T(0); };
-        WriteNumbers<T, 4>({clamped(color[0]), clamped(color[1]), clamped(color[2]), shown(view.position.z)},
-                           memory.numbers, rows, args.channels + 4 * to);
-      } else {
-        WriteNumbers<T, 1>({shown(view.position.z)}, memory.numbers, rows, args.channels + to);
-      }
-    }
-    if constexpr (!kDual && !kGradients) {
-      if (args.depths != nullptr && Lane() < rows) {
-        int32_t reach[4] = {}, radius = 0;
-        if (drawn) radius = ReachOf(args.screen, view.u, view.v, view.xx, view.ellipse.xy, view.yy, reach);
-        args.depths[to + Lane()] = static_cast<float>(shown(view.position.z));
-        args.radii[to + Lane()] = radius;
-        if (args.reach != nullptr) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) args.reach[4 * (to + Lane()) + k] = reach[k];
-        }
-      }
-    }
-    if constexpr (kGradients) {
-      T camera_part[kCameraSizeWithCentre] = {};
-      if (drawn) {
-        const auto cotangent = [&](const Input<T>& input) { return Cotangent<N, T>(input, args.batch, b); };
-        const Cotangent<N, T> means2d_ct = cotangent(args.means2d_ct), conics_ct = cotangent(args.conics_ct);
-        const Cotangent<N, T> opacities_ct = cotangent(args.opacities_ct), channels_ct = cotangent(args.channels_ct);
-        const auto at = [](const Cotangent<N, T>& a, int64_t k) { return a.given() ? a[k] : N{}; };
-        const int channels = args.channel_count();
-        const ViewCotangent<N> ct = {at(means2d_ct, 2 * i),
-                                     at(means2d_ct, 2 * i + 1),
-                                     {at(conics_ct, 3 * i), at(conics_ct, 3 * i + 1), at(conics_ct, 3 * i + 2)},
-                                     at(opacities_ct, i),
-                                     at(channels_ct, channels * i + channels - 1)};
-        ViewBar<N> bar = {};
-        if (args.has_colors()) {
-          N color_bar[3];
-#pragma unroll
-          for (int k = 0; k < 3; ++k) color_bar[k] = ValueOf(color[k]) > 0 ? at(channels_ct, 4 * i + k) : N{};
-          bar.centre = Point<N>{} - PullColors(args.degree, sight, sh, color_bar);
-          if (args.colors_bar != nullptr) {
-            ForHarmonics(args.degree, [&](int m) {
-#pragma unroll
-              for (int k = 0; k < 3; ++k) values[3 * m + k] = Result(harmonics[m] * color_bar[k]);
-            });
-          }
-        }
-        const Ellipse<N> bare_bar = PullFlatten(args.eps2d, args.antialiased, camera, view, opacity, ct, bar);
-        AlongBar<N> along;
-        if (matrices) {
-          Symmetric<N> m;
-          along = PullSeenAlong(symmetric, view.a, view.b, view.w, bare_bar, m);
-          const N entries[6] = {m.xx, m.xy, m.xz, m.yy, m.yz, m.zz};
-#pragma unroll
-          for (int k = 0; k < 6; ++k) shape_sum[k] += Result(entries[k]);
+// Blocks of a multiprocessor: what is wanted of the memory system asks for so many.
+template <class T, bool kDual, bool kGradients>
+inline constexpr int kBlocks = sizeof(T) == 4 && !kDual ? (kGradients ? 5 : 6) : 1;
+
+// In three parts, the second of which has no registers to spare for what is found in the first: who is drawn; colours
+// and gradients of coefficients; and again, from what is in the cache by then, the view, and gradients of all else.
+template <class T, bool kDual, bool kGradients>
+__global__ void __launch_bounds__(Block<T, kDual>::kThreads, kBlocks<T, kDual, kGradients>)
+    ProjectionKernel(const __grid_constant__ Projection<T> args, bool add) {
+  using Block = Block<T, kDual>;
+  using N = typename Block::N;
+  __shared__ typename Block::Memory memories[Block::kWarps];
+  typename Block::Memory& memory = memories[threadIdx.x / kWarp];
+  const int64_t warp = int64_t{blockIdx.x} * Block::kWarps + threadIdx.x / kWarp, first = warp * kWarp;
+  if (first >= args.P) return;
+  const int rows = static_cast<int>(args.P - first < kWarp ? args.P - first : kWarp);
+  const int64_t i = first + (Lane() < rows ? Lane() : rows - 1);
+  const Rows<T> sh_rows = {3 * (args.degree + 1) * (args.degree + 1), 3 * args.M};
+
+  const Gaussian<T, N> seen(args, i);
+  bool drawn = *args.usable.data != 0 && Lane() < rows && IsSeen(args.near, args.far, seen.view, seen.opacity);
+
+  N color[3] = {};
+  Point<N> centre_bar = {};
+  if (args.has_colors()) {
+    const uint32_t which = __ballot_sync(kFullMask, drawn);
+    const bool move = kDual && args.colors.tangent.data != nullptr;
+    if (which != 0) {
+      const auto fetch = [&](const Operand<const T>& a, int k) {
+        sh_rows.Fetch(a.data + first * sh_rows.stride, which, memory.rows[k]);
+      };
+      fetch(args.colors.value, 0);
+      if (move) fetch(args.colors.tangent, kDual ? 1 : 0);
+      T* const values = memory.rows[0] + Lane() * Rows<T>::kStride;
+      const T* const tangents = memory.rows[kDual ? 1 : 0] + Lane() * Rows<T>::kStride;
+      const auto sh = [&](int k) -> N {
+        if constexpr (kDual) {
+          return {values[k], move ? tangents[k] : T(0)};
         } else {
-          Ellipsoid<N> e_bar;
-          along = PullSeenAlong(ellipsoid, view.a, view.b, view.w, bare_bar, e_bar);
-          const Quaternion<N> q = PullAxes(quat, e_bar.axis);
-          shape_sum[0] += Result(q.w), shape_sum[1] += Result(q.x), shape_sum[2] += Result(q.y);
-          shape_sum[3] += Result(q.z);
+          return values[k];
+        }
+      };
+      const Sight<N> sight = SightOf(seen.mean, seen.camera.centre);
+      N harmonics[kMostHarmonics];
+      Harmonics(args.degree, sight.direction, harmonics);
+      Colors(args.degree, harmonics, sh, color);
+      T sum = 0;
+      for (const N& part : color) sum += ValueOf(part) - ValueOf(part);
+      drawn = drawn && IsZero(sum);
+      if constexpr (kGradients) {
+        const Cotangent<N, T> ct(args.channels_ct, Batch{}, 0);
+        N color_bar[3];
 #pragma unroll
-          for (int k = 0; k < 3; ++k) shape_sum[4 + k] += Result(e_bar.scale[k]);
-        }
-        PullLocate(camera, view, ct, along, bar);
-        const Point<N> mean_bar = PullMean(camera, bar);
-        mean_sum[0] += Result(mean_bar.x), mean_sum[1] += Result(mean_bar.y), mean_sum[2] += Result(mean_bar.z);
-        opacity_sum[0] += Result(bar.opacity);
-        offset_sum[0] += Result(ct.u), offset_sum[1] += Result(ct.v);
-        if (args.camera_bar != nullptr) {
-          PullCamera(mean, view, ct, bar, kCameraSizeWithCentre, [&](int k, N g) { camera_part[k] = Result(g); });
-        }
-      }
-      if (args.colors_bar != nullptr) {
-        const uint32_t which = __ballot_sync(kFullMask, drawn);
-        T* const a = args.colors_bar + (c * args.P + first) * sh_rows.stride;
-        sh_rows.Write(memory.rows[0], which, rows, s > 0, a);
-      }
-      if (args.camera_bar != nullptr) {
-        const int size = args.camera_size();
-        T* const parts = args.camera_parts + b * size * int64_t{warps} + of_entry;
+        for (int k = 0; k < 3; ++k) color_bar[k] = ValueOf(color[k]) > 0 && ct.given() ? ct[4 * i + k] : N{};
+        centre_bar = Point<N>{} - PullColors(args.degree, sight, sh, color_bar);
+        if (args.colors_bar != nullptr) {
+          ForHarmonics(args.degree, [&](int m) {
 #pragma unroll
-        for (int k = 0; k < kCameraSizeWithCentre; ++k) {
-          const T sum = WarpSum(camera_part[k]);
-          if (k < size && Lane() == 0) parts[k * int64_t{warps}] = sum;
+            for (int k = 0; k < 3; ++k) values[3 * m + k] = Result(harmonics[m] * color_bar[k]);
+          });
         }
       }
+    }
+    if (kGradients && args.colors_bar != nullptr) {
+      const uint32_t still = __ballot_sync(kFullMask, drawn);
+      sh_rows.Write(memory.rows[0], still, rows, add, args.colors_bar + first * sh_rows.stride);
     }
   }
-  if constexpr (kGradients) {
-    const int64_t to = c * args.P + first;
-    const auto& m = shape_sum;
-    if (args.means_bar != nullptr) WriteNumbers(mean_sum, memory.numbers, rows, args.means_bar + 3 * to);
-    if (args.quats_bar != nullptr) {
-      WriteNumbers<T, 4>({m[0], m[1], m[2], m[3]}, memory.numbers, rows, args.quats_bar + 4 * to);
+
+  const auto shown = [&](const N& x) { return drawn ? Result(x) : T(0); };
+  const auto write_y = [&](const Gaussian<T, N>& seen) {
+    const View<N>& view = seen.view;
+    WriteNumbers<T, 2>({shown(view.u), shown(view.v)}, memory.numbers, rows, args.means2d + 2 * first);
+    WriteNumbers<T, 3>({shown(view.conic[0]), shown(view.conic[1]), shown(view.conic[2])}, memory.numbers, rows,
+                       args.conics + 3 * first);
+    WriteNumbers<T, 1>({shown(seen.opacity * view.factor)}, memory.numbers, rows, args.opacities_out + first);
+    if (args.has_colors()) {
+      const auto clamped = [&](const N& x) { return ValueOf(x) > 0 ? shown(x) : T(0); };
+      WriteNumbers<T, 4>({clamped(color[0]), clamped(color[1]), clamped(color[2]), shown(view.position.z)},
+                         memory.numbers, rows, args.channels + 4 * first);
+    } else {
+      WriteNumbers<T, 1>({shown(view.position.z)}, memory.numbers, rows, args.channels + first);
     }
-    if (args.scales_bar != nullptr) {
-      WriteNumbers<T, 3>({m[4], m[5], m[6]}, memory.numbers, rows, args.scales_bar + 3 * to);
+  };
+  if constexpr (!kGradients) {
+    write_y(seen);
+    if constexpr (!kDual) {
+      if (args.depths != nullptr && Lane() < rows) {
+        const View<N>& view = seen.view;
+        int32_t reach[4] = {}, radius = 0;
+        if (drawn) radius = ReachOf(args.screen, view.u, view.v, view.xx, view.ellipse.xy, view.yy, reach);
+        args.depths[first + Lane()] = static_cast<float>(shown(view.position.z));
+        args.radii[first + Lane()] = radius;
+        if (args.reach != nullptr) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) args.reach[4 * (first + Lane()) + k] = reach[k];
+        }
+      }
     }
-    if (args.covariances_bar != nullptr) {
-      WriteNumbers<T, 9>({m[0], m[1], m[2], m[1], m[3], m[4], m[2], m[4], m[5]}, memory.numbers, rows,
-                         args.covariances_bar + 9 * to);
+  } else {
+    __syncwarp();  // across which nothing that was loaded is kept
+    const Gaussian<T, N> again(args, i);
+    const View<N>& view = again.view;
+    if (args.means2d != nullptr) write_y(again);
+    const auto cotangent = [&](const Input<T>& input, int64_t k) {
+      const Cotangent<N, T> ct(input, Batch{}, 0);
+      return ct.given() ? ct[k] : N{};
+    };
+    const int channels = args.channel_count();
+    const ViewCotangent<N> ct = {
+        cotangent(args.means2d_ct, 2 * i),
+        cotangent(args.means2d_ct, 2 * i + 1),
+        {cotangent(args.conics_ct, 3 * i), cotangent(args.conics_ct, 3 * i + 1), cotangent(args.conics_ct, 3 * i + 2)},
+        cotangent(args.opacities_ct, i),
+        cotangent(args.channels_ct, channels * i + channels - 1)};
+    ViewBar<N> bar = {};
+    bar.centre = centre_bar;
+    const Ellipse<N> bare_bar = PullFlatten(args.eps2d, args.antialiased, again.camera, view, again.opacity, ct, bar);
+    const auto write = [&](const auto& x, T* a) {  // shown numbers
+      constexpr int n = sizeof x / sizeof x[0];
+      if (a != nullptr) WriteNumbers(x, memory.numbers, rows, a + n * first, add);
+    };
+    AlongBar<N> along;
+    if (args.covariances.value.data != nullptr) {
+      Symmetric<N> m;
+      along = PullSeenAlong(again.symmetric, view.a, view.b, view.w, bare_bar, m);
+      const T entries[9] = {shown(m.xx), shown(m.xy), shown(m.xz), shown(m.xy), shown(m.yy),
+                            shown(m.yz), shown(m.xz), shown(m.yz), shown(m.zz)};
+      write(entries, args.covariances_bar);
+    } else {
+      Ellipsoid<N> e;
+      along = PullSeenAlong(again.ellipsoid, view.a, view.b, view.w, bare_bar, e);
+      const T scales[3] = {shown(e.scale[0]), shown(e.scale[1]), shown(e.scale[2])};
+      write(scales, args.scales_bar);
+      const Quaternion<N> q = PullAxes(again.quat, e.axis);
+      const T quat[4] = {shown(q.w), shown(q.x), shown(q.y), shown(q.z)};
+      write(quat, args.quats_bar);
     }
-    if (args.opacities_bar != nullptr) WriteNumbers(opacity_sum, memory.numbers, rows, args.opacities_bar + to);
-    if (args.offset_bar != nullptr) WriteNumbers(offset_sum, memory.numbers, rows, args.offset_bar + 2 * to);
+    PullLocate(again.camera, view, ct, along, bar);
+    const Point<N> mean_bar = PullMean(again.camera, bar);
+    const T mean[3] = {shown(mean_bar.x), shown(mean_bar.y), shown(mean_bar.z)}, opacity[1] = {shown(bar.opacity)};
+    const T offset[2] = {shown(ct.u), shown(ct.v)};
+    write(mean, args.means_bar);
+    write(opacity, args.opacities_bar);
+    write(offset, args.offset_bar);
+    if (args.camera_bar != nullptr) {
+      const int size = args.camera_size();
+      const int64_t warps = WarpsOf(args.P);
+      PullCamera(again.mean, view, ct, bar, size, [&](int k, const N& g) {
+        const T sum = WarpSum(shown(g));
+        if (Lane() == 0) args.camera_parts[k * warps + warp] = sum;
+      });
+    }
   }
 }
 
@@ -372,15 +400,16 @@ __global__ void __launch_bounds__(kSumThreads) SumCamera(const T* parts, int64_t
 
 template <class T, bool kDual, bool kGradients>
 cudaError_t Launch(const Projection<T>& args, cudaStream_t stream) {
-  constexpr int kThreads = Block<T, kDual>::kThreads, kWarps = Block<T, kDual>::kWarps;
+  constexpr int kThreads = Block<T, kDual>::kThreads;
   const int64_t kept = Count(args.kept), entries = Count(args.batch) / Max(1, kept);
-  const int64_t warps = kept * WarpsOf(args.P), blocks = CeilDiv(warps, kWarps);
-  if (cudaError_t error = CheckGrid(warps); error != cudaSuccess) return error;
-  if (blocks > 0) {
-    const SplitBatch split = Split(args.batch, args.kept);
-    const uint32_t kept_entries = static_cast<uint32_t>(kept), each = static_cast<uint32_t>(entries);
-    ProjectionKernel<T, kDual, kGradients>
-        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, split, kept_entries, each);
+  const int64_t blocks = CeilDiv(args.P, kThreads);
+  const SplitBatch split = Split(args.batch, args.kept);
+  for (int64_t c = 0; blocks > 0 && c < kept; ++c) {
+    for (int64_t s = 0; s < entries; ++s) {
+      const Projection<T> entry = EntryOf(args, Join(split, static_cast<uint32_t>(c), static_cast<uint32_t>(s)), c);
+      ProjectionKernel<T, kDual, kGradients>
+          <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(entry, /*add=*/s > 0);
+    }
   }
   const int64_t numbers = args.camera_bar == nullptr ? 0 : Count(args.batch) * args.camera_size();
   if (numbers > 0) {

@@ -1,5 +1,5 @@
-// Where a camera sees a Gaussian, and in which colour; and what that is differentiated. Written over N: a number, a SIMD
-// vector, or a dual number of either. V is N without its tangent.
+// Where a camera sees a Gaussian, and in which colour; and what that is differentiated. Written over N: a number, a
+// SIMD vector, or a dual number of either. V is N without its tangent.
 //
 // Forward. With the camera x ↦ R x + t, focal lengths f and principal point c, a Gaussian at m of covariance Σ is at
 // p = R m + t = (x, y, z) there and on the screen at
@@ -7,8 +7,8 @@
 //     u = f_x x/z + c_x,   v = f_y y/z + c_y.
 //
 // Let x̂ be x/z limited to ±0.65 width / f_x, ŷ likewise, and r, d, n the rows of R. The projection's derivative has the
-// rows (f_x/z) a and (f_y/z) b with a = r − x̂ n, b = d − ŷ n; so its covariance on the screen, and that's determinant by
-// Cauchy and Binet with w = a × b, are
+// rows (f_x/z) a and (f_y/z) b with a = r − x̂ n, b = d − ŷ n; so its covariance on the screen, and that's determinant
+// by Cauchy and Binet with w = a × b, are
 //
 //     xx = (f_x/z)² aᵀΣa,   xy = (f_x f_y/z²) aᵀΣb,   yy = (f_y/z)² bᵀΣb,   bare = (f_x f_y/z²)² wᵀ adj(Σ) w.
 //
@@ -342,7 +342,7 @@ struct View {
   N limited_x, limited_y;
   N sx, sy;  // f/z
   Point<N> a, b, w;
-  Ellipse<N> bare;  // without f/z and eps2d
+  Ellipse<N> bare;     // without f/z and eps2d
   Ellipse<N> ellipse;  // with f/z, without eps2d
   N xx, yy, det;
   ValueType<N> unit;
@@ -436,9 +436,9 @@ KNN_FN Ellipse<N> PullFlatten(T eps2d, bool antialiased, const Camera<N>& camera
     const auto moves = Greater(ValueOf(view.ratio), Number<ValueType<N>>::Of(kLeastRatio));
     ratio_bar = Select(moves, ct.opacity * opacity / (view.factor + view.factor), N{});
   }
-  const N det_bar = -view.PerDet(Fma(ratio_bar, view.ratio,
-                                     Fma(ct.conic[0], view.conic[0],
-                                         Fma(ct.conic[1], view.conic[1], ct.conic[2] * view.conic[2]))));
+  const N det_bar =
+      -view.PerDet(Fma(ratio_bar, view.ratio,
+                       Fma(ct.conic[0], view.conic[0], Fma(ct.conic[1], view.conic[1], ct.conic[2] * view.conic[2]))));
   const N of_both = Scale(eps2d, det_bar);
   const Ellipse<N> e = {view.PerDet(ct.conic[2]) + of_both, -view.PerDet(ct.conic[1]),
                         view.PerDet(ct.conic[0]) + of_both, view.PerDet(ratio_bar) + det_bar};
@@ -542,10 +542,10 @@ KNN_FN Point<N> PullHarmonics(int degree, Point<N> d, const N (&h)[kMostHarmonic
     const N of_12 = Scale(kH12, h[12]), of_13 = Scale(kH11, h[13]), of_14 = Scale(kH14, h[14]);
     const N of_15 = Scale(kH9, h[15]);
     const auto twice = [](N a) { return a + a; };
-    bar.x = bar.x + (yz * of_10 - cross * of_15) - Scale(6, xy * of_9 + zx * of_12) +
-            twice(xy * of_11 + zx * of_14) - (Scale(4, zz) - Scale(3, xx) - yy) * of_13;
-    bar.y = bar.y + (zx * of_10 - cross * of_9) + Scale(6, xy * of_15 - yz * of_12) +
-            twice(xy * of_13 - yz * of_14) - (Scale(4, zz) - xx - Scale(3, yy)) * of_11;
+    bar.x = bar.x + (yz * of_10 - cross * of_15) - Scale(6, xy * of_9 + zx * of_12) + twice(xy * of_11 + zx * of_14) -
+            (Scale(4, zz) - Scale(3, xx) - yy) * of_13;
+    bar.y = bar.y + (zx * of_10 - cross * of_9) + Scale(6, xy * of_15 - yz * of_12) + twice(xy * of_13 - yz * of_14) -
+            (Scale(4, zz) - xx - Scale(3, yy)) * of_11;
     bar.z = bar.z + xy * of_10 - Scale(8, yz * of_11 + zx * of_13) + Scale(3, twice(zz) - xx - yy) * of_12 +
             (xx - yy) * of_14;
   }

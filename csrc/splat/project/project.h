@@ -24,18 +24,18 @@ struct Projection {
   Batch batch;
   Batch kept;  // of gradients in Gaussians: of size 1 along the axes over which they are summed
   int64_t P;
-  int M;       // harmonics of an array, of which (degree + 1)² count
-  int degree;  // of harmonics, −1 without
+  int M;                   // harmonics of an array, of which (degree + 1)² count
+  int degree;              // of harmonics, −1 without
   bool antialiased, dual;  // dual: whether anything moves
   Screen screen;
   T near, far, eps2d;
 
-  Input<T> means, quats, scales;    // [P, 3], [P, 4], [P, 3]
-  Input<T> covariances;             // [P, 3, 3], instead of quats and scales
-  Input<T> opacities, offset;       // [P], [P, 2] or null
-  Input<T> colors;                  // [P, M, 3], or null without harmonics
-  Input<T> camera;                  // [camera_size()]
-  Operand<const int32_t> usable;    // (), 0: it sees nothing
+  Input<T> means, quats, scales;  // [P, 3], [P, 4], [P, 3]
+  Input<T> covariances;           // [P, 3, 3], instead of quats and scales
+  Input<T> opacities, offset;     // [P], [P, 2] or null
+  Input<T> colors;                // [P, M, 3], or null without harmonics
+  Input<T> camera;                // [camera_size()]
+  Operand<const int32_t> usable;  // (), 0: it sees nothing
 
   // In full batch. With tangents, the derivatives along them; without, either y or gradients. What is not drawn is 0
   // everywhere.
@@ -47,7 +47,7 @@ struct Projection {
 
   Input<T> means2d_ct, conics_ct, opacities_ct, channels_ct;  // as y, where gradients are wanted
   T *means_bar, *quats_bar, *scales_bar, *covariances_bar, *opacities_bar, *offset_bar, *colors_bar;  // in `kept`
-  T* camera_bar;    // in full batch
+  T* camera_bar;                                                                                      // in full batch
   T* camera_parts;  // [camera_size(), WarpsOf(P)], scratch in full batch, on CUDA alone, where camera_bar is wanted
 
   KNN_FN bool has_colors() const { return degree >= 0; }

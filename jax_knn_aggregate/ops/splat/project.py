@@ -93,9 +93,9 @@ def project(
     """Of arrays by the names of arguments, and what ``projection.camera`` gives; the first four are differentiable."""
     kind = Kind("covariances" in given, "means2d_offset" in given, sh_degree)
     operands = [*(given[name] for name in kind.names()), camera, usable.astype(jnp.int32)]
-    y = family(lens, kind)(*operands, implementation=implementation)
+    means2d, conics, opacities, channels = family(lens, kind)(*operands, implementation=implementation)
     depths, radii, *reach = bind(_BESIDE, *operands, lens=lens, kind=kind, implementation=implementation)
-    return Seen(*y, depths, radii, *(reach or [None]))
+    return Seen(means2d, conics, opacities, channels, depths, radii, reach[0] if reach else None)
 
 
 # ---- In plain JAX
@@ -128,9 +128,7 @@ def _seen(lens: Lens, kind: Kind, x: Operands, usable: jax.Array) -> tuple[tuple
     return (means2d, conics, opacities, channels), beside
 
 
-def _see(
-    lens: Lens, given: dict[str, jax.Array], camera: Camera, drawn: jax.Array | None
-) -> tuple[Screen, jax.Array]:
+def _see(lens: Lens, given: dict[str, jax.Array], camera: Camera, drawn: jax.Array | None) -> tuple[Screen, jax.Array]:
     """Gaussians on the screen, and their z; where they are not drawn, of something whose derivatives are finite."""
 
     def safe(a: jax.Array, instead: float) -> jax.Array:
@@ -184,7 +182,7 @@ def family(lens: Lens, kind: Kind) -> Family:
         return [Struct(shape, x[0].dtype) for shape in _y_shapes(kind, x[0].shape[0])]
 
     def value(platform: str, batch: Shape, x: Group, aux: Group, y: Group) -> Any:
-        return ffi.available(_TARGET, platform) and _forward(lens, kind, (*x, *aux))[:_Y] or None
+        return _forward(lens, kind, (*x, *aux))[:_Y] if ffi.available(_TARGET, platform) else None
 
     def scratch(platform: str, batch: Shape, x: Group, results: Group) -> list[Struct]:
         if platform != "cuda" or results[len(ndims) - 1] is None:
@@ -260,15 +258,14 @@ def _beside_reference(*operands: jax.Array, lens: Lens, kind: Kind) -> list[jax.
     return over_batch(lambda *o: _seen(lens, kind, o[:-1], o[-1])[1], operands, (*kind.ndims(), 0))
 
 
-def _beside_kernel(platform: str, *operands: jax.Array, lens: Lens, kind: Kind) -> list[jax.Array] | None:
+def _beside_kernel(platform: str, *operands: jax.Array, **static: Any) -> list[jax.Array] | None:
     if not ffi.available(_TARGET, platform):
         return None
 
     def call(operands: Sequence[jax.Array], results: list[Struct], full: Shape) -> list[jax.Array]:
-        return _forward(lens, kind, tuple(operands))[_Y:]
+        return _forward(**static, operands=tuple(operands))[_Y:]
 
-    depth = operands[0].ndim - kind.ndims()[0]
-    return over_merged_batch(call, operands, depth, _beside_outputs(*operands, lens=lens, kind=kind))
+    return over_merged_batch(call, operands, operands[0].ndim - 2, _beside_outputs(*operands, **static))
 
 
 def _make() -> Any:
