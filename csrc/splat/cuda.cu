@@ -504,11 +504,14 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<N, kC>) Forward(const
   const T x = static_cast<T>(pixel.x) + T(0.5), y = static_cast<T>(pixel.y) + T(0.5);
   const T never = static_cast<T>(INFINITY);
   const Row<N, T> background(args.background, args.batch, b);
+  __shared__ N behind[kC];  // the background
   int32_t* list = lists[threadIdx.x / kWarp];
   if (threadIdx.x == 0) stage.entries[kEntries] = {};
 #pragma unroll 1
   for (int first = 0; first < C; first += kC) {
     if constexpr (kC > 4) Channels::Clear(stage);
+    if (threadIdx.x < kC) behind[threadIdx.x] = first + threadIdx.x < C ? background[first + threadIdx.x] : N{};
+    __syncthreads();
     N image[kC] = {}, through = Constant<N>(T(1));
     int32_t last = 0;
     T enough = pixel.inside ? static_cast<T>(kLeastThrough) : never;
@@ -549,7 +552,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<N, kC>) Forward(const
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         if (first + c >= C) break;
-        args.image[(b * pixels + pixel.number) * C + first + c] = Result(Fma(through, background[first + c], image[c]));
+        args.image[(b * pixels + pixel.number) * C + first + c] = Result(Fma(through, behind[c], image[c]));
       }
       if (first == 0) {
         args.alpha[b * pixels + pixel.number] = kDual ? -Result(through) : 1 - Result(through);
@@ -599,7 +602,7 @@ struct Back {
   static constexpr int kOfMoments = kDual ? 2 * kMoments : kMoments, kWidth = kOfMoments + kC;
   // Entries that are staged at a time, and those of them that a warp sums at a time. The sums of a warp's pixels are in
   // one of two buffers, while those of the entries before are summed over warps. Shared memory of any GPU has room.
-  static constexpr int kOfMany = kC > kMany<N> ? 32 : (sizeof(T) == 4 ? 24 : 16);
+  static constexpr int kOfMany = kC > kMany<N> ? 20 : (sizeof(T) == 4 ? 24 : 16);
   static constexpr int kEntries = kFew ? (sizeof(N) == 4 ? 48 : (sizeof(N) == 8 ? 24 : 8)) : kOfMany;
   static constexpr int kGroup = sizeof(N) == 4 ? 8 : sizeof(N) == 8 ? 4 : 2;
   static constexpr int kBuffers = kFew ? 2 : 1, kAhead = kFew ? 1 : 2;
@@ -623,7 +626,7 @@ struct Back {
     Stage<N, kEntries, kC> stage[3];
     OfWarp warp[kWarps];
   };
-  static_assert(sizeof(Shared) <= 65536 || kC > kMany<N>, "Turing has no more");
+  static_assert(sizeof(Shared) <= (kC > kMany<N> ? 101376 : 65536), "Turing has no more; all later ones have 99 KB");
 
   // Sums over the warp's pixels, of n entries. A lane has an entry and a part of the pixels.
   static __device__ __forceinline__ void SumPixels(const Stage<N, kEntries, kC>& stage, OfWarp& mine,
@@ -767,16 +770,18 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
     if (pixel.inside && first == 0 && alpha_ct.given()) behind = -alpha_ct[pixel.number];
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
-      ct[c] = N{};
-      if (pixel.inside && image_ct.given() && first + c < C) {
-        ct[c] = image_ct[pixel.number * C + first + c];
-        behind = Fma(background[first + c], ct[c], behind);
-      }
-      const T sum = WarpSum(Result(end * ct[c]));
-      if (lane == 0) mine.of_background[c] = sum;
+      ct[c] = pixel.inside && image_ct.given() && first + c < C ? image_ct[pixel.number * C + first + c] : N{};
+    }
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      if (image_ct.given() && first + c < C) behind = Fma(background[first + c], ct[c], behind);
       mine.part[lane / B::kGroup].ct[lane % B::kGroup][c] = ct[c];
     }
     behind = behind * end;
+    for (int c = 0; args.background_bar != nullptr && c < kC; ++c) {
+      const T sum = WarpSum(Result(end * mine.part[lane / B::kGroup].ct[lane % B::kGroup][c]));
+      if (lane == 0) mine.of_background[c] = sum;
+    }
     Member next = {-1, 0};
     const auto find = [&](int n) {
       if (n < batches && turn(n) < kEntries) next = walk[base(n) + turn(n)];
@@ -797,7 +802,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
       if (batches > 0) Channels(args, b, first, shared.stage[0]).Put(shared.stage[0]);
       __syncthreads();
     }
-    if (pass == 0 && threadIdx.x < kC && first + static_cast<int>(threadIdx.x) < C) {
+    if (args.background_bar != nullptr && pass == 0 && threadIdx.x < kC && first + static_cast<int>(threadIdx.x) < C) {
       T sum = 0;
       for (int w = 0; w < kWarps; ++w) sum += shared.warp[w].of_background[threadIdx.x];
       left_over.of_background[int64_t{blockIdx.x} * C + first + threadIdx.x] = sum;
