@@ -7,7 +7,6 @@
 // Of a ray of several tiles, a sweep from the right sums all but the first, before any gradient is computed. What is to
 // the right of a tile waits in scratch.
 
-#include <cuda/annotated_ptr>
 #include <type_traits>
 
 #include "common/cuda.cuh"
@@ -168,9 +167,9 @@ __device__ __forceinline__ void LookBeyond(Run& left, Run& right, Run& left_of, 
   right = on_right;
 }
 
-// Asks for the line of an address to be in the L2 cache; not on Turing.
+// Asks for the line of an address to be in the L2 cache.
 __device__ __forceinline__ void Prefetch(const void* a) {
-  ::cuda::apply_access_property(a, 128, ::cuda::access_property::normal{});
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(a)));
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 """diff-gaussian-rasterization's names: what differs from ``render_gaussians`` is worked out here in NumPy."""
 
 import dataclasses
+import functools
 
 import helpers
 import jax
@@ -99,13 +100,29 @@ def as_known(g, s):
 OPTIONS = {"width": W, "height": H, "near": 0.2, "extent": "3sigma"}
 
 
+@jax.jit
+def drawn(s, g):
+    return GaussianRasterizer(raster_settings=s)(**g)
+
+
+@jax.jit
+def weighted(s, g, ct):
+    """⟨ct, image⟩ and its gradients in the settings and in the Gaussians."""
+    return jax.value_and_grad(lambda s, g: (ct * GaussianRasterizer(s)(**g)[0]).sum(), (0, 1))(s, g)
+
+
+@functools.partial(jax.jit, static_argnames="antialiased")
+def rendered(known, antialiased=False):
+    return render_gaussians(**known, **OPTIONS, antialiased=antialiased)
+
+
 @pytest.mark.parametrize("antialiasing", [False, True])
 @pytest.mark.thorough_if(antialiasing=True)
 def test_image_and_radii(problem, antialiasing):
     g, s = problem
     s = dataclasses.replace(s, antialiasing=antialiasing)
-    color, radii = jax.jit(lambda s, g: GaussianRasterizer(raster_settings=s)(**g))(s, g)
-    want = render_gaussians(**splat_scenes.tree(as_known(g, s)), **OPTIONS, antialiased=antialiasing)
+    color, radii = drawn(s, g)
+    want = rendered(splat_scenes.tree(as_known(g, s)), antialiased=antialiasing)
     assert color.shape == (3, H, W) and radii.dtype == jnp.int32 and (radii > 0).any()
     helpers.assert_close(color.transpose(1, 2, 0), np.asarray(want.image), 1e-11)
     np.testing.assert_array_equal(radii, want.radii)
@@ -125,12 +142,11 @@ def test_given_colors_and_covariances_and_flat_opacities(problem):
     ).reshape(-1, 3, 3)
     half = R * known["scales"][:, None]
     upper = (half @ half.swapaxes(1, 2))[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)]
-    want = GaussianRasterizer(s)(**g)[0]
-    got, _ = rasterize_gaussians(
+    got, _ = jax.jit(rasterize_gaussians)(
         *(g["means3D"], None, None, jnp.asarray(known["colors"]), g["opacities"][:, 0], None, None),
         *(jnp.asarray(upper), s),
     )
-    helpers.assert_close(got, np.asarray(want), 1e-11)
+    helpers.assert_close(got, np.asarray(drawn(s, g)[0]), 1e-11)
 
 
 def test_gradients(problem, rng):
@@ -138,11 +154,10 @@ def test_gradients(problem, rng):
     g, s = problem
     ct = jnp.asarray(rng.normal(size=(3, H, W)))
 
-    def loss(s, g):
-        return (ct * GaussianRasterizer(s)(**g)[0]).sum()
+    def value(s, g):
+        return weighted(s, g, ct)[0]
 
-    of_s, of_g = jax.jit(jax.grad(loss, (0, 1)))(s, g)
-    value = jax.jit(loss)
+    of_s, of_g = weighted(s, g, ct)[1]
     for name in ("tanfovx", "bg", "scale_modifier", "viewmatrix", "projmatrix", "campos"):
         at = np.asarray(getattr(s, name), float)
         v = rng.normal(size=at.shape)
@@ -156,9 +171,7 @@ def test_gradients(problem, rng):
 
     known = splat_scenes.tree(as_known(g, s))
     offset = known.pop("means2d_offset")
-    on_screen = jax.grad(
-        lambda o: (ct.transpose(1, 2, 0) * render_gaussians(**known, means2d_offset=o, **OPTIONS).image).sum()
-    )
+    on_screen = jax.grad(lambda o: (ct.transpose(1, 2, 0) * rendered(known | {"means2d_offset": o}).image).sum())
     want = np.asarray(on_screen(offset)) * np.array([W, H]) / 2
     helpers.assert_close(of_g["means2D"][:, :2], want, 1e-9)
     assert (of_g["means2D"][:, 2] == 0).all() and np.abs(want).max() > 0
@@ -171,14 +184,14 @@ def test_unnormalised_and_visible(problem):
     g, s = problem
     zero = g | {"rotations": jnp.zeros_like(g["rotations"])}
     one = g | {"rotations": jnp.zeros_like(g["rotations"]).at[:, 0].set(1)}
-    np.testing.assert_array_equal(GaussianRasterizer(s)(**zero)[0], GaussianRasterizer(s)(**one)[0])
+    np.testing.assert_array_equal(drawn(s, zero)[0], drawn(s, one)[0])
     r = GaussianRasterizer(dataclasses.replace(s, viewmatrix=jnp.eye(4)))
     np.testing.assert_array_equal(
         r.markVisible(jnp.array([[9.0, 0, 0.2], [0, 9, 0.21], [0, 0, -1]])), [False, True, False]
     )
 
 
-def test_not_finite(problem):
+def test_not_finite(problem, rng):
     """What is not finite is not drawn and has gradient 0, and so have those behind the camera."""
     g, s = problem
     bad = {name: np.array(a) for name, a in g.items()}
@@ -187,11 +200,9 @@ def test_not_finite(problem):
     keep = np.arange(5, 30)
     some = {name: a[keep] for name, a in g.items()}
 
-    def loss(s, g):
-        return jnp.square(GaussianRasterizer(s)(**g)[0]).sum()
-
-    value, (of_s, of_g) = jax.value_and_grad(loss, (0, 1))(s, {n: jnp.asarray(a) for n, a in bad.items()})
-    want, (want_s, want_g) = jax.value_and_grad(loss, (0, 1))(s, some)
+    ct = jnp.asarray(rng.normal(size=(3, H, W)))
+    value, (of_s, of_g) = weighted(s, {n: jnp.asarray(a) for n, a in bad.items()}, ct)
+    want, (want_s, want_g) = weighted(s, some, ct)
     helpers.assert_close(value, float(want), 1e-12)
     helpers.assert_trees_close(jax.tree.leaves(of_s), [np.asarray(a) for a in jax.tree.leaves(want_s)], 1e-9)
     for name, a in of_g.items():

@@ -40,9 +40,9 @@ KNN_FN Vec<T> LoadWide(const TF* a, Stored stored) {
   }
 }
 
-// ⟨a, b⟩.
+// ⟨a, b⟩. Not inlined: one for all metrics and roles.
 template <class T, class TF>
-KNN_FN T DotRows(const TF* a, const TF* b, int64_t n, Stored stored) {
+[[gnu::noinline]] T DotRows(const TF* a, const TF* b, int64_t n, Stored stored) {
   using V = Vec<T>;
   V sums[2] = {V::Broadcast(0), V::Broadcast(0)};
   int64_t i = 0;
@@ -145,6 +145,7 @@ struct Aggregator {
   static constexpr bool kMoving = role == AggregateRole::kVjpJvp;  // cotangents
   static constexpr bool kTangents = role == AggregateRole::kJvp || role == AggregateRole::kVjpVjp || kMoving;
   static constexpr bool kCotangents = role != AggregateRole::kValue && role != AggregateRole::kJvp;
+  static constexpr bool kOuts = role != AggregateRole::kVjp && !kMoving;  // f_out, w_out, dists, where asked for
   static constexpr T kInf = static_cast<T>(HUGE_VAL);
 
   // Parameters as an array: sigma, then R.
@@ -440,8 +441,8 @@ struct Aggregator {
     const int64_t first = b * args.Q * args.K;
     for (int64_t n = 0; n < block.n; ++n) {
       const int64_t at = first + block.slot[n];
-      if (args.w_out != nullptr) args.w_out[at] = block.w_value[n];
-      if (args.dists != nullptr) args.dists[at] = block.dist[n];
+      if (kOuts && args.w_out != nullptr) args.w_out[at] = block.w_value[n];
+      if (kOuts && args.dists != nullptr) args.dists[at] = block.dist[n];
       if (kCotangents && WantsPoints(args)) FactorsOfPairs(args)[at] = block.factors.Get(n);
     }
   }
@@ -464,7 +465,7 @@ struct Aggregator {
     const Queries queries(args, b);
     const int32_t* idxs = At(args.idxs, args.batch, b);
     const Order query = QueryOrder(args, scratch, b);
-    const int64_t F = args.f_out == nullptr ? 0 : args.F;
+    const int64_t F = kOuts && args.f_out != nullptr ? args.F : 0;
     Block block = {};
     Rows<T, TF> rows;
     const int64_t together = K > kBlock ? 1 : kBlock / (K < 1 ? 1 : K);
@@ -621,7 +622,8 @@ struct Aggregator {
   }
 
   static constexpr CpuKernel<Args> kKernel = {
-      &ScratchBytes, {{&SortTasks, &Sort}, {&QueryTasks, &DoQueries}, {&PointTasks, &DoPoints}}};
+      &ScratchBytes,
+      {{&SortTasks, &Sort}, {&QueryTasks, &DoQueries}, {&PointTasks, kCotangents ? &DoPoints : nullptr}}};
 };
 
 template <class T, class TF, template <class> class Metric>
