@@ -1,12 +1,12 @@
 // The hash grid on CPUs: a chunk of points at a level at a time.
 //
-// Positions, rows, weights and what is made of them are computed in vectors of points. In between, rows of the table are
-// copied to where vectors are read from, or added to, one by one. All that a chunk touches are asked for while the chunk
-// before is worked on, so that they are on their way together.
+// Positions, rows, weights and what is made of them are computed in vectors of points. In between, rows of the table
+// are copied to where vectors are read from, or added to, one by one. All that a chunk touches are asked for while the
+// chunk before is worked on, so that they are on their way together.
 //
 // Features and gradients in x are found for all points at one level before the next, so that what caches have of the
-// table serves many. Gradients in the table are found for a level at a time, whose rows no other task writes, all points
-// in their order: the same bits whatever threads do. They are summed in double.
+// table serves many. Gradients in the table are found for a level at a time, whose rows no other task writes, all
+// points in their order: the same bits whatever threads do. They are summed in double.
 
 #include "hash_grid/cpu.h"
 
@@ -144,10 +144,14 @@ struct Grid {
   template <class Run>
   static KNN_FN void WithFeatures(const Args& args, Run&& run) {
     switch (args.features) {
-      case 1: return run(std::integral_constant<int, 1>());
-      case 2: return run(std::integral_constant<int, 2>());
-      case 4: return run(std::integral_constant<int, 4>());
-      default: return run(std::integral_constant<int, kMostFeatures>());
+      case 1:
+        return run(std::integral_constant<int, 1>());
+      case 2:
+        return run(std::integral_constant<int, 2>());
+      case 4:
+        return run(std::integral_constant<int, 4>());
+      default:
+        return run(std::integral_constant<int, kMostFeatures>());
     }
   }
 
@@ -168,7 +172,7 @@ struct Grid {
     const Stored stored = args.stored;
     const int64_t outputs = int64_t{args.levels} * args.features;
     const T m = At(args.weights, args.batch, entry)[l];
-    const auto read = [&](const Operand<const S>& operand, T (*to)[kChunk]) {
+    const auto read = [&](const Operand<const S>& operand, T(*to)[kChunk]) {
       const S* from = AtOrNull(operand, args.batch, entry);
       if (from == nullptr) return;
       from += chunk.first * outputs + l * args.features;
