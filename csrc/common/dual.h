@@ -70,7 +70,7 @@ KNN_FN N Constant(T x) {
   if constexpr (std::is_same_v<N, T>) {
     return x;
   } else {
-    return {x, T(0)};
+    return {x, T{}};
   }
 }
 

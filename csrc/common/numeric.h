@@ -107,6 +107,10 @@ KNN_FN T Fma(T a, T b, T c) {
 KNN_FN float FusedFma(float a, float b, float c) { return ::fmaf(a, b, c); }
 KNN_FN double FusedFma(double a, double b, double c) { return ::fma(a, b, c); }
 
+// The number 1 of the type that x is of.
+KNN_FN float One(float /*x*/) { return 1; }
+KNN_FN double One(double /*x*/) { return 1; }
+
 KNN_FN float Floor(float x) { return ::floorf(x); }
 KNN_FN double Floor(double x) { return ::floor(x); }
 KNN_FN float Abs(float x) { return ::fabsf(x); }

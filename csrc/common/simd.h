@@ -77,6 +77,10 @@ KNN_FN Vec<T> operator-(Vec<T> a) {
   return {-a.v};
 }
 template <class T>
+KNN_FN Vec<T> One(Vec<T> /*x*/) {
+  return Vec<T>::Broadcast(1);
+}
+template <class T>
 KNN_FN Vec<T> operator/(Vec<T> a, Vec<T> b) {
   return {a.v / b.v};
 }

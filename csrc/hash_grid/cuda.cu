@@ -162,21 +162,22 @@ struct Point {
   }
 };
 
-// The features of corners, in pairs; zero but for the first where only that is wanted.
+// The features of corners, in pairs; zero but for the first where only that is wanted. Derivatives of "nearest", which
+// is linear in them, do not meet their values.
 template <class T, class N, int D>
 __device__ __forceinline__ void LoadCorners(const HashGrid<T, T>& grid, const T* table, const T* moves, int64_t first,
                                             int side, const uint32_t (&row)[1 << (D - 1)], int k, N (&a)[1 << (D - 1)],
                                             N (&b)[1 << (D - 1)]) {
   constexpr int kCorners = 1 << (D - 1);
   constexpr bool kDual = !std::is_same_v<N, T>;
-  const int F = grid.features, corners = grid.interpolation != Interpolation::nearest ? kCorners : side == 0 ? 1 : 0;
-  const bool single = F == 1;
+  const bool single = grid.features == 1, nearest = grid.interpolation == Interpolation::nearest;
+  const int F = grid.features, corners = !nearest ? kCorners : side == 0 ? 1 : 0;
   const uint64_t begin = first * F + k;
   const auto place = [&](int c) { return begin + uint64_t{row[c]} * static_cast<uint32_t>(F); };
   RawPair<T> raw[kCorners] = {}, raw_moves[kDual ? kCorners : 1] = {};
 #pragma unroll
   for (int c = 0; c < kCorners; ++c) {
-    if (c < corners) raw[c] = Load(table, place(c), grid.stored, single);
+    if (c < (kDual && nearest ? 0 : corners)) raw[c] = Load(table, place(c), grid.stored, single);
   }
   if (kDual && moves != nullptr) {
 #pragma unroll
@@ -433,11 +434,12 @@ __global__ void __launch_bounds__(kWarp* kRows)
       if (const T* v = AtOrNull(grid.x.tangent, grid.batch, b); v != nullptr) {
         for (int d = 0; d < grid.dim; ++d) fastest = fmax(fastest, fabs(v[i * grid.dim + d]));
       }
-      const double speed = steepest * fastest;
+      double speed = steepest * fastest;
       Pair<T> tangent = {};
       if (const T* v = FeaturesAt(grid.ct.tangent, grid.batch, b, grid.stored); v != nullptr) {
         tangent = Converted<T>(Load(v, at, grid.stored, single), grid.stored);
       }
+      if (grid.interpolation == Interpolation::nearest) bounds[0] = bounds[1] = speed = 0;
       bounds[0] = fma(bounds[0], speed, double{fabs(m * tangent.a)});
       bounds[1] = fma(bounds[1], speed, double{fabs(m * tangent.b)});
     }
@@ -507,12 +509,13 @@ __global__ void __launch_bounds__(kThreads)
       CornerWeights<D, 1>(sides, weight);
       int corners = kCorners;
       N mine = side == 0 ? sides[0].lower : sides[0].upper;
+      const int64_t at = i * outputs + l * F + k;
+      T value = Converted<T>(Load(of.ct, at, grid.stored, true), grid.stored).a;
       if (grid.interpolation == Interpolation::nearest) {
         corners = 1 - side;
         mine = weight[0] = Constant<N>(T(1));
+        if (!std::is_same_v<N, T>) value = 0;  // derivatives of what is linear in it do not meet it
       }
-      const int64_t at = i * outputs + l * F + k;
-      const T value = Converted<T>(Load(of.ct, at, grid.stored, true), grid.stored).a;
       T tangent = 0;
       if (of.ct_moves != nullptr) tangent = Converted<T>(Load(of.ct_moves, at, grid.stored, true), grid.stored).a;
       const N bar = mine * (of.weights[l] * Joined<N>(value, tangent));

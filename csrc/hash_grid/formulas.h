@@ -52,25 +52,36 @@ KNN_FN Place<T> PlaceOf(T x, T scale) {
 // Of a cell's corners, bits say on which sides they are, from axis kFirst on: kernels that give either side of axis 0
 // to a thread of its own leave that axis out, and count it in `cell`.
 
-// The rows of corners within their level: the number of each, or its hash, modulo the level's rows, which are a power
-// of two where rows are hashed. Other numbers are less unless the point lies outside the unit cube, or the level is
-// tiled.
+// What says in which rows of their level corners lie: the number of each, or its hash.
 template <int D, int kFirst = 0, int kCorners>
-KNN_FN void FindRows(const Level& level, const uint32_t (&cell)[D], uint32_t (&row)[kCorners]) {
+KNN_FN void FindNumbers(const Level& level, const uint32_t (&cell)[D], uint32_t (&number)[kCorners]) {
   constexpr uint32_t kPrimes[] = {1u, 2654435761u, 805459861u, 3674653429u};
   if (level.hashed) {
     for (int b = 0; b < kCorners; ++b) {
       uint32_t hash = 0;
       for (int d = 0; d < D; ++d) hash ^= (cell[d] + (d < kFirst ? 0 : b >> (d - kFirst) & 1)) * kPrimes[d];
-      row[b] = hash & (level.rows - 1);
+      number[b] = hash;
     }
   } else {
     uint32_t first = 0;
     for (int d = 0; d < D; ++d) first += cell[d] * level.stride[d];
     for (int b = 0; b < kCorners; ++b) {
-      uint32_t number = first;
-      for (int d = kFirst; d < D; ++d) number += (b >> (d - kFirst) & 1) * level.stride[d];
-      row[b] = number < level.rows ? number : number % level.rows;
+      number[b] = first;
+      for (int d = kFirst; d < D; ++d) number[b] += (b >> (d - kFirst) & 1) * level.stride[d];
+    }
+  }
+}
+
+// The rows: those numbers modulo how many rows there are, which is a power of two where rows are hashed. Other numbers
+// are less unless the point lies outside the unit cube, or the level is tiled.
+template <int D, int kFirst = 0, int kCorners>
+KNN_FN void FindRows(const Level& level, const uint32_t (&cell)[D], uint32_t (&row)[kCorners]) {
+  FindNumbers<D, kFirst>(level, cell, row);
+  for (int b = 0; b < kCorners; ++b) {
+    if (level.hashed) {
+      row[b] &= level.rows - 1;
+    } else if (row[b] >= level.rows) {
+      row[b] %= level.rows;
     }
   }
 }
@@ -83,9 +94,9 @@ struct Sides {
 
 template <class N, class T>
 KNN_FN Sides<N> SidesOf(Interpolation interpolation, N f, T scale) {
-  const N one = Constant<N>(T(1));
+  const N one = Constant<N>(One(scale));
   if (interpolation == Interpolation::linear) return {one - f, f, Constant<N>(scale)};
-  const N upper = f * f * (Constant<N>(T(3)) - Scale(2, f));
+  const N upper = f * f * (Constant<N>(3 * One(scale)) - Scale(2, f));
   return {one - upper, upper, (6 * scale) * (f * (one - f))};
 }
 

@@ -179,6 +179,43 @@ def test_tables_that_are_not_finite(bad, implementation, rng):
     helpers.assert_close(np.asarray(x_bar)[~hit.any(-1)], want[0][~hit.any(-1)], 1e-12)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nearest_where_something_is_not_finite(bad, implementation, rng):
+    """Linear in the table, and in cotangents; constant in x: no derivative meets what it does not depend on."""
+    grid = HashGrid(2, 3, 2, 5, 4, 1.5, "nearest")
+    d = problem(rng, grid, 20)
+    rows = oracle.Oracle(grid, d["x"]).rows[:, :, 0]
+    d["table"] = d["table"].at[int(rows[3, 1]), 1].set(bad)
+    d["ct"] = d["ct"].at[7, 2].set(bad)
+    table, ct, u, w = (np.asarray(d[n]) for n in ("table", "ct", "u", "w"))
+
+    def taken(rows_of):
+        return rows_of[rows].reshape(20, grid.outputs)
+
+    def summed(parts):
+        sums = np.zeros(table.shape)
+        np.add.at(sums, rows, parts.reshape(20, grid.levels, grid.features))
+        return sums
+
+    nothing = np.zeros(d["x"].shape)
+    second = nothing, 0 * u, taken(u)
+    want = {
+        "value": taken(table),
+        "first": (nothing, summed(ct)),
+        "jvp": taken(u),
+        "reverse over reverse": second,
+        "reverse over forward": second,
+        "forward over reverse": (nothing, summed(w)),
+    }
+    got = run(grid, d, implementation)
+    for name, wanted in want.items():
+        for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(wanted), strict=True):
+            finite = np.isfinite(b)
+            np.testing.assert_array_equal(np.isfinite(a), finite, name)
+            helpers.assert_close(np.where(finite, a, 0), np.where(finite, b, 0), 1e-12, name)
+    assert not np.isfinite(want["value"]).all() and not np.isfinite(want["first"][1]).all()
+
+
 # ---- Levels
 
 

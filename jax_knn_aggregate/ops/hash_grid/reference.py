@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,11 +43,10 @@ def _encode(grid: HashGrid, table: jax.Array, weights: jax.Array, x: jax.Array) 
     """x (N, dim), table (rows, features), weights (levels,), all of one dtype -> (N, levels·features)."""
     cell, fraction, finite = _locate(grid, x)
     if grid.interpolation == "nearest":
-        weight = jnp.ones((*fraction.shape[:2], 1), x.dtype)
+        weight = jnp.ones((1, 1, 1), x.dtype)
     else:
         upper = fraction if grid.interpolation == "linear" else fraction * fraction * (3 - 2 * fraction)
-        sides = jnp.stack([1 - upper, upper], axis=-1)  # (N, levels, dim, 2)
-        weight = jnp.stack([_product(sides, corner) for corner in _corner_bits(grid)], axis=-1)
+        weight = _at_corners(jnp.multiply, jnp.stack([1 - upper, upper], axis=-1))
     # A point that is not finite touches no row: out of bounds, which the gather fills with zeros and its transpose
     # drops.
     rows = jnp.where(finite[:, None, None], _rows(grid, cell), table.shape[0])
@@ -57,15 +55,15 @@ def _encode(grid: HashGrid, table: jax.Array, weights: jax.Array, x: jax.Array) 
     return y.reshape(x.shape[0], grid.outputs) + _nan_unless(finite, x)[:, None]
 
 
-def _corner_bits(grid: HashGrid) -> list[tuple[int, ...]]:
-    """Of each corner, whether it is the upper one along each axis; axis 0 varies fastest."""
-    if grid.interpolation == "nearest":
-        return [(0,) * grid.dim]
-    return [bits[::-1] for bits in itertools.product((0, 1), repeat=grid.dim)]
+def _at_corners(combine: Callable[[jax.Array, jax.Array], jax.Array], sides: jax.Array) -> jax.Array:
+    """What the sides of a cell along each axis (N, levels, dim, 2) make at its corners (N, levels, 2**dim).
 
-
-def _product(sides: jax.Array, corner: tuple[int, ...]) -> jax.Array:
-    return math.prod((sides[..., d, bit] for d, bit in enumerate(corner)), start=jnp.ones((), sides.dtype))
+    Axis 0 varies fastest. One operation an axis rather than one a corner: much less to differentiate and to compile.
+    """
+    N, levels, dim, count = sides.shape
+    shapes = [[count if axis == d else 1 for axis in reversed(range(dim))] for d in range(dim)]
+    along = [sides[:, :, d].reshape(N, levels, *shape) for d, shape in enumerate(shapes)]
+    return functools.reduce(combine, along).reshape(N, levels, count**dim)
 
 
 def _locate(grid: HashGrid, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -120,17 +118,13 @@ def _rows(grid: HashGrid, cell: jax.Array) -> jax.Array:
     lower = lax.bitcast_convert_type(whole.astype(jnp.int32), jnp.uint32)
     counts, hashed = _constant(np.diff(grid.level_rows), jnp.uint32)[None], _constant(grid.hashed, bool)[None]
     strides = _constant(grid.strides, jnp.uint32)[None]
-    rows = []
-    for corner in _corner_bits(grid):
-        numbers = [lower[..., d] + jnp.uint32(bit) for d, bit in enumerate(corner)]
-        number = functools.reduce(jnp.add, [n * strides[..., d] for d, n in enumerate(numbers)])
-        if grid.hashed.any():
-            mixed = functools.reduce(
-                jnp.bitwise_xor, [n * jnp.uint32(p) for n, p in zip(numbers, _PRIMES, strict=False)]
-            )
-            number = jnp.where(hashed, mixed, number)
-        rows.append(number % counts)
-    return jnp.stack(rows, axis=-1).astype(jnp.int32) + _constant(grid.level_rows[:-1], jnp.int32)[None, :, None]
+    sides = 1 if grid.interpolation == "nearest" else 2
+    at = lower[..., None] + lax.broadcasted_iota(jnp.uint32, (1, 1, 1, sides), 3)
+    number = _at_corners(jnp.add, at * strides[..., None])
+    if grid.hashed.any():
+        primes = _constant(np.array(_PRIMES[: grid.dim]), jnp.uint32)[None, None, :, None]
+        number = jnp.where(hashed[..., None], _at_corners(jnp.bitwise_xor, at * primes), number)
+    return (number % counts[..., None]).astype(jnp.int32) + _constant(grid.level_rows[:-1], jnp.int32)[None, :, None]
 
 
 def _nan_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
