@@ -18,6 +18,7 @@
 #include "knn/search/cuda.h"
 #include "mlp/cuda.h"
 #include "splat/cuda.h"
+#include "splat/project/cuda.h"
 
 using namespace knn;
 
@@ -372,6 +373,70 @@ void ExerciseSplat(int width, int height, int64_t P, int C, int64_t capacity, bo
   Free();
 }
 
+// Harmonics of a degree, of which an array has some more; without, degree is −1.
+template <class T>
+void ExerciseProjection(int64_t P, int degree, bool matrices, bool shared) {
+  constexpr int64_t B = 2;
+  Projection<T> p = {};
+  p.batch = {1, {B}}, p.kept = {1, {shared ? 1 : B}};
+  p.P = P, p.degree = degree, p.M = degree < 0 ? 1 : (degree + 1) * (degree + 1) + degree % 2;
+  p.antialiased = matrices, p.screen = {50, 37};
+  p.near = T(0.01), p.far = T(1e6), p.eps2d = T(0.3);
+  p.usable = {Allocate<int32_t>(1, {1}), {0}};
+  const int64_t channels = p.channel_count(), camera_size = p.camera_size();
+  struct Member {
+    Input<T>* input;
+    T** result;
+    int64_t size;
+  };
+  std::vector<Member> x = {{&p.means, &p.means_bar, 3 * P}, {&p.opacities, &p.opacities_bar, P}};
+  if (matrices) {
+    x.push_back({&p.covariances, &p.covariances_bar, 9 * P});
+  } else {
+    x.push_back({&p.quats, &p.quats_bar, 4 * P});
+    x.push_back({&p.scales, &p.scales_bar, 3 * P});
+    x.push_back({&p.offset, &p.offset_bar, 2 * P});
+  }
+  if (p.has_colors()) x.push_back({&p.colors, &p.colors_bar, 3 * P * p.M});
+  for (const Member& m : x) m.input->value = Random<T>(B, m.size, shared);
+  p.camera.value = Random<T>(B, camera_size, false);
+  const std::vector<Member> y = {{&p.means2d_ct, &p.means2d, 2 * P},
+                                 {&p.conics_ct, &p.conics, 3 * P},
+                                 {&p.opacities_ct, &p.opacities_out, P},
+                                 {&p.channels_ct, &p.channels, channels * P}};
+  const auto want_y = [&](bool want) {
+    for (const Member& m : y) *m.result = want ? Allocate<T>(B * m.size) : nullptr;
+  };
+  want_y(true);
+  p.depths = Allocate<float>(B * P);
+  p.radii = Allocate<int32_t>(B * P);
+  p.reach = Allocate<int32_t>(B * P * 4);
+  Check(LaunchProjection(p, nullptr), "projection");
+  p.depths = nullptr, p.radii = p.reach = nullptr;
+
+  p.means2d_ct.value = Random<T>(B, 2 * P, shared);
+  p.conics_ct.value = Random<T>(B, 3 * P, shared);
+  p.channels_ct.value = Random<T>(B, channels * P, shared);
+  p.camera_bar = Allocate<T>(B * camera_size);
+  p.camera_parts = Allocate<T>(B * camera_size * WarpsOf(P));
+  for (bool dual : {false, true}) {  // with tangents, those of y besides
+    p.dual = dual;
+    want_y(dual);
+    if (dual) p.opacities_ct.tangent = Random<T>(B, P, shared);
+    for (const Member& m : x) {
+      if (dual) m.input->tangent = Random<T>(B, m.size, shared);
+      *m.result = Allocate<T>((shared ? 1 : B) * m.size);
+    }
+    Check(LaunchProjection(p, nullptr), "gradients of projection");
+    Check(cudaDeviceSynchronize(), "synchronize");
+  }
+  for (const Member& m : x) *m.result = nullptr;
+  p.camera_bar = nullptr;
+  Check(LaunchProjection(p, nullptr), "tangents of projection");
+  Check(cudaDeviceSynchronize(), "synchronize");
+  Free();
+}
+
 }  // namespace
 
 int main() {
@@ -423,6 +488,10 @@ int main() {
       ExerciseSplat<float>(33, 16, 70, 35, capacity, shared);
       ExerciseSplat<double>(20, 40, 70, 3, capacity, shared);
       ExerciseSplat<double>(1, 1, 5, 18, capacity, shared);
+    }
+    for (int degree : {-1, 0, 1, 2, 3}) {
+      ExerciseProjection<float>(150, degree, degree == 2, shared);
+      ExerciseProjection<double>(70, degree, degree == 3, shared);
     }
   }
   std::puts("all kernels ran");

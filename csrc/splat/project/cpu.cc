@@ -213,10 +213,13 @@ struct Projector {
     const bool usable = *At(args.usable, args.batch, some.b) != 0;
     auto drawn = IsSeen(usable ? args.near : Precision<T>::kMost, args.far, view, opacity);
 
+    const V one = V::Broadcast(1);
+    const bool any = LessEqualMask(one, Select(drawn, one, V{})) != 0;
+
     Sight<N> sight;
     Columns<kMostColumns> sh;
     N harmonics[kMostHarmonics], color[3] = {};
-    if (args.has_colors()) {
+    if (any && args.has_colors()) {
       Read(args.colors, some, 3 * (args.degree + 1) * (args.degree + 1), 3 * args.M, sh);
       sight = SightOf(mean, camera.centre);
       Harmonics(args.degree, sight.direction, harmonics);
@@ -241,9 +244,9 @@ struct Projector {
       }
     }
     if constexpr (!kDual) {
-      if (args.depths != nullptr) WriteReach(args, view, Select(drawn, V::Broadcast(1), V{}), at, some.rows);
+      if (args.depths != nullptr) WriteReach(args, view, Select(drawn, one, V{}), at, some.rows);
     }
-    if (args.wants_gradients()) {
+    if (any && args.wants_gradients()) {
       Pull(args, some, camera, mean, quats, ellipsoid, symmetric, opacity, view, drawn, sight, sh, harmonics, color,
            camera_sums, bars);
     }

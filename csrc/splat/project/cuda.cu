@@ -21,21 +21,21 @@ struct alignas(16) Packet {
 
 __device__ __forceinline__ int Lane() { return threadIdx.x % kWarp; }
 
-// Calls run(row, column) for all of 32 rows of so many columns, kAtOnce at a time, which are neighbours to neighbouring
-// lanes: run(place) of several places, of which some may be in row 32 or beyond.
+// Calls run(places) for all places of kWarp rows of so many columns, for some at a time, of which the last may be in
+// rows beyond. Neighbouring lanes have neighbouring places.
+constexpr int kPlaces = 4;
 struct Place {
   int row, column;
 };
 template <class F>
 __device__ __forceinline__ void ForPlaces(int columns, F&& run) {
-  constexpr int kAtOnce = 4;
   Place at = {Lane() / columns, Lane() % columns};
   const Place step = {kWarp / columns, kWarp % columns};
-  while (__any_sync(kFullMask, at.row < kWarp)) {
-    Place places[kAtOnce];
+  for (int n = 0; n < columns; n += kPlaces) {
+    Place places[kPlaces];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      places[j] = at;
+    for (Place& place : places) {
+      place = at;
       at.row += step.row, at.column += step.column;
       if (at.column >= columns) at.column -= columns, ++at.row;
     }
@@ -60,17 +60,16 @@ struct Rows {
   template <class P>
   __device__ __forceinline__ void Fetch(const P* a, int columns, uint32_t which, P* shared) const {
     constexpr int kOf = sizeof(P) / sizeof(T);
-    ForPlaces(columns, [&](const auto& places) {
-      P x[sizeof places / sizeof(Place)];
+    const auto wanted = [&](Place at) { return at.row < kWarp && (which >> at.row & 1) != 0; };
+    ForPlaces(columns, [&](const Place(&places)[kPlaces]) {
+      P x[kPlaces];
 #pragma unroll
-      for (int j = 0; j < static_cast<int>(sizeof places / sizeof(Place)); ++j) {
-        const Place at = places[j];
-        if (at.row < kWarp && (which >> at.row & 1) != 0) x[j] = a[int64_t{at.row} * (stride / kOf) + at.column];
+      for (int j = 0; j < kPlaces; ++j) {
+        if (wanted(places[j])) x[j] = a[int64_t{places[j].row} * (stride / kOf) + places[j].column];
       }
 #pragma unroll
-      for (int j = 0; j < static_cast<int>(sizeof places / sizeof(Place)); ++j) {
-        const Place at = places[j];
-        if (at.row < kWarp && (which >> at.row & 1) != 0) shared[at.row * (kStride / kOf) + at.column] = x[j];
+      for (int j = 0; j < kPlaces; ++j) {
+        if (wanted(places[j])) shared[places[j].row * (kStride / kOf) + places[j].column] = x[j];
       }
     });
   }
@@ -89,10 +88,9 @@ struct Rows {
   template <class P>
   __device__ __forceinline__ void Write(const P* shared, int columns, uint32_t which, int rows, bool add, P* a) const {
     constexpr int kOf = sizeof(P) / sizeof(T);
-    ForPlaces(columns, [&](const auto& places) {
+    ForPlaces(columns, [&](const Place(&places)[kPlaces]) {
 #pragma unroll
-      for (int j = 0; j < static_cast<int>(sizeof places / sizeof(Place)); ++j) {
-        const Place at = places[j];
+      for (const Place& at : places) {
         if (at.row >= rows) continue;
         const bool there = (which >> at.row & 1) != 0;
         P x = {};
@@ -189,8 +187,8 @@ struct Gaussian {
   Point<N> mean;
   N opacity;
   Quaternion<N> quat;
-  Ellipsoid<N> ellipsoid;  // or
-  Symmetric<N> symmetric;
+  Ellipsoid<N> ellipsoid;
+  Symmetric<N> symmetric;  // instead of the two
   View<N> view;
 
   __device__ __forceinline__ Gaussian(const Projection<T>& args, int64_t i) : camera(CameraOf(args)) {
