@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ROUNDS, CHAIN_SECONDS = 15, 0.05
@@ -32,7 +32,7 @@ def _hessian_times_vector(fn: Callable[..., Any]) -> Callable[..., Any]:
     return product
 
 
-def calls() -> dict[str, Callable[[], Any]]:
+def calls(some: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """What is compared: the operations that users wait for."""
     import jax
 
@@ -51,6 +51,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         programs |= {f"W1 {name}, {step}": p for step, p in knn_aggregate.steps(op, x).items()}
         of_all = _hessian_times_vector(lambda x, op=op: op(*x))
         programs[f"W1 {name}, Hessian times vector"] = Program(of_all, x)
+        narrow = (*x[:2], x[2].astype(jax.numpy.bfloat16), *x[3:])
+        programs |= {f"W1 {name}, bfloat16, {step}": p for step, p in knn_aggregate.steps(op, narrow).items()}
     sizes = (65_536, 1_048_576) if large else (65_536,)
     clouds = inputs.Clouds(max(sizes))
     for P in sizes:
@@ -64,15 +66,16 @@ def calls() -> dict[str, Callable[[], Any]]:
         (w, m), rest = arrays[:2], arrays[2:]
         of_both = _hessian_times_vector(lambda x, *rest, loss=loss: loss(*x, *rest))
         programs[f"distortion, {workload}, Hessian times vector"] = Program(of_both, (w, m), *rest)
-    return {name: on_device(program) if large else program for name, program in programs.items()}
+    kept = {name: p for name, p in programs.items() if not some or any(part in name for part in some)}
+    return {name: on_device(program) if large else program for name, program in kept.items()}
 
 
-def serve() -> None:
+def serve(*some: str) -> None:
     """Compiles everything, says so, and then answers each line, the name of a call, with its milliseconds."""
     import jax
 
     answers, sys.stdout = sys.stdout, sys.stderr
-    all_calls, chain = calls(), {}
+    all_calls, chain = calls(some), {}
     for name, call in all_calls.items():
         jax.block_until_ready(call())
         start = time.perf_counter()
@@ -90,9 +93,9 @@ def serve() -> None:
 
 
 class Build:
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, some: Sequence[str]):
         env = os.environ | {"PYTHONPATH": str(pathlib.Path(folder).resolve()), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        command = [sys.executable, "-m", "benchmarks.harness.compare", "--serve"]
+        command = [sys.executable, "-m", "benchmarks.harness.compare", "--serve", *some]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def read(self) -> str:
@@ -108,11 +111,11 @@ class Build:
 
 
 def main(before: str, after: str, *some: str) -> None:
-    builds = Build(before), Build(after)
+    builds = Build(before, some), Build(after, some)
     names, other = (build.read().split("\t") for build in builds)
     assert names == other
     print(f"{'ms':72} {'before':>9} {'after':>9}   after / before, least and most")
-    for name in (n for n in names if not some or any(part in n for part in some)):
+    for name in names:
         turns = [[build.ms(name) for build in builds] for _ in range(ROUNDS)]
         ratios = [b / a for a, b in turns]
         a, b = (statistics.median(t) for t in zip(*turns, strict=True))
@@ -123,4 +126,4 @@ def main(before: str, after: str, *some: str) -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else main(*sys.argv[1:])
+    serve(*sys.argv[2:]) if sys.argv[1:2] == ["--serve"] else main(*sys.argv[1:])

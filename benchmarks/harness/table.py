@@ -70,7 +70,7 @@ def _notes(runs: list[Run]) -> str:
 
 
 def _against_plain(suite: str, keep: Callable[[str], bool]) -> str:
-    """A row per device and workload: our milliseconds, and how many times longer plain JAX takes."""
+    """A row per device and workload: our milliseconds, and how many times longer plain JAX takes, where that was timed."""
     runs = _runs(suite)
     kept = [
         (run, workload, columns) for run in runs for workload, columns in run["results"]["ms"].items() if keep(workload)
@@ -78,8 +78,10 @@ def _against_plain(suite: str, keep: Callable[[str], bool]) -> str:
     columns = list(dict.fromkeys(column for *_, of_column in kept for column in of_column))
 
     def cell(run: Run, workload: str, column: str, times: dict[str, Any]) -> str:
-        faster = run["results"]["times_faster_than_plain_JAX"][workload]
-        return f"{_ms(times[column])} ({faster[column]:.1f}×)" if column in times else "–"
+        if column not in times:
+            return "–"
+        faster = run["results"]["times_faster_than_plain_JAX"].get(workload, {})
+        return _ms(times[column]) + (f" ({faster[column]:.1f}×)" if column in faster else "")
 
     rows = [[f"{_device(run)}, {name}", *(cell(run, name, c, times) for c in columns)] for run, name, times in kept]
     return _table(["ms (times faster than plain JAX)", *columns], rows) + _notes(runs)
@@ -292,14 +294,24 @@ def rivals() -> str:
                     what = ", ".join(part for part in (name, key, at) if part)
                     yield [what, ", ".join(f"{who}: {number(ms)}" for who, ms in times.items())]
 
+    return _table(["", "ms"], rows()) + _how(run)
+
+
+def _how(run: Run) -> str:
     env = run["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if name != "jax")
-    note = f"\n{env['device']}: {env['date']}, {versions}. {env['how']}\n"
-    return _table(["", "ms"], rows()) + note
+    return f"\n{env['device']}: {env['date']}, {versions}. {env['how']}\n"
+
+
+def rasterizers() -> str:
+    """The same of rasterizers."""
+    (run,) = _runs("rasterizers")
+    rows = [[name, *(number(ms) for ms in times.values())] for name, times in run["results"]["ms"].items()]
+    return _table(["ms", *next(iter(run["results"]["ms"].values()))], rows) + _how(run)
 
 
 def sources() -> str:
-    suites = ("knn_aggregate", "distortion", "hash_grid", "mlp", "scale", "sweep", "breakdown", "crossover")
+    suites = ("knn_aggregate", "distortion", "hash_grid", "mlp", "splat", "scale", "sweep", "breakdown", "crossover")
 
     def rows() -> Iterator[list[str]]:
         for suite in suites:
@@ -316,6 +328,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "knn_aggregate": lambda: _against_plain("knn_aggregate", lambda name: name in ("sphere", "uniform")),
     "workloads": lambda: _against_plain("knn_aggregate", lambda name: True),
     "distortion": lambda: _against_plain("distortion", lambda name: True),
+    "splat": lambda: _against_plain("splat", lambda name: True),
     **{
         f.__name__: f
         for f in (
@@ -332,6 +345,7 @@ TABLES: dict[str, Callable[[], str]] = {
             fresh,
             crossover,
             rivals,
+            rasterizers,
             sources,
         )
     },
