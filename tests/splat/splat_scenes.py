@@ -56,7 +56,7 @@ def with_covariances(rng, scene, C):
     P = len(scene["means"])
     M, noise = rng.normal(size=(P, 3, 3)) * scene["scales"][:, None], rng.normal(size=(P, 3, 3))
     matrices = M @ M.swapaxes(1, 2) + noise - noise.swapaxes(1, 2)
-    matrices[0] = np.diag([0.1, -0.2, 0.1])  # which counts only where its exponent is not positive
+    matrices[:1] = np.diag([0.1, -0.2, 0.1])  # which counts only where its exponent is not positive
     return scene | {
         "quats": None,
         "scales": None,
