@@ -70,7 +70,7 @@ def _notes(runs: list[Run]) -> str:
 
 
 def _against_plain(suite: str, keep: Callable[[str], bool]) -> str:
-    """A row per device and workload: our milliseconds, and how many times longer plain JAX takes, where that was timed."""
+    """A row per device and workload: our ms, and how many times longer plain JAX takes, where it was timed."""
     runs = _runs(suite)
     kept = [
         (run, workload, columns) for run in runs for workload, columns in run["results"]["ms"].items() if keep(workload)
