@@ -519,56 +519,39 @@ __global__ void __launch_bounds__(kThreads)
       T tangent = 0;
       if (of.ct_moves != nullptr) tangent = Converted<T>(Load(of.ct_moves, at, grid.stored, true), grid.stored).a;
       const N bar = mine * (of.weights[l] * Joined<N>(value, tangent));
-      T part[kCorners], test = 0;  // 0 unless a part is not finite
-#pragma unroll
-      for (int s = 0; s < kCorners; ++s) {
-        part[s] = Result(weight[s] * bar);
-        test += part[s] * T(0);
-      }
-      const auto counts = [&](int s) { return adds && s < corners; };
-      const auto finite = [&](int s) { return fabs(part[s]) <= Precision<T>::kMost; };
       if (mark) {
 #pragma unroll
         for (int s = 0; s < kCorners; ++s) {
           const int64_t entry = (int64_t{c} * grid.rows + level.first + row[s]) * F + k;
-          if (counts(s) && !finite(s)) Store(NaN<T>(), grid.table_bar, entry, grid.stored);
+          const bool finite = fabs(Result(weight[s] * bar)) <= Precision<T>::kMost;
+          if (adds && s < corners && !finite) Store(NaN<T>(), grid.table_bar, entry, grid.stored);
         }
         continue;
       }
-      broken |= adds && test != 0;
-      if (!adds || corners < kCorners || test != 0) {
-#pragma unroll
-        for (int s = 0; s < kCorners; ++s) {
-          if (!counts(s) || !finite(s)) part[s] = 0;
-        }
-      }
-      bool any = false;
-#pragma unroll
-      for (int s = 0; s < kCorners; ++s) any |= part[s] != 0;
       // Where all points are in one cell, they are summed first: they would wait for each other.
       bool same = adds;
 #pragma unroll
       for (int d = 0; d < D; ++d) same &= cell[d] == __shfl_sync(kFullMask, cell[d], d == 0 ? side * F : 0);
       const bool together = __all_sync(kFullMask, same);
-      if (!together && !any) continue;
-      char* const sums_of_feature = reinterpret_cast<char*>(sums_of_level + k * kLimbs<T>);
 #pragma unroll
       for (int s = 0; s < kCorners; ++s) {
-        const double scaled = static_cast<double>(part[s]) * power;
+        const T part = Result(weight[s] * bar);
+        const bool finite = fabs(part) <= Precision<T>::kMost, counts = adds && s < corners;
+        broken |= counts && !finite;
+        const double scaled = counts && finite ? static_cast<double>(part) * power : 0.0;
         long long limb[kLimbs<T>];
         limb[0] = __double2ll_rn(scaled);
         if constexpr (kLimbs<T> == 2) {
           limb[1] = __double2ll_rn((scaled - static_cast<double>(limb[0])) * Power(sums.low_bits));
         }
-        // In bytes, so that one instruction multiplies and adds.
-        char* const to = sums_of_feature + uint64_t{row[s]} * static_cast<uint32_t>(F * kLimbs<T> * 8);
 #pragma unroll
         for (int n = 0; n < kLimbs<T>; ++n) {
           if (together) {
             for (int step = 2 * F; step < kWarp; step *= 2) limb[n] += __shfl_xor_sync(kFullMask, limb[n], step);
-            if ((threadIdx.x & (kWarp - 1)) >= 2 * F) continue;
           }
-          atomicAdd(reinterpret_cast<unsigned long long*>(to) + n, static_cast<unsigned long long>(limb[n]));
+          if (limb[n] == 0 || (together && (threadIdx.x & (kWarp - 1)) >= 2 * F)) continue;
+          atomicAdd(sums_of_level + uint64_t{row[s]} * static_cast<uint32_t>(F * kLimbs<T>) + (k * kLimbs<T> + n),
+                    static_cast<unsigned long long>(limb[n]));
         }
       }
     }

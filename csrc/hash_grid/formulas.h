@@ -29,8 +29,7 @@ namespace knn::KNN_ISA {
 // row.
 template <class T>
 KNN_FN bool Reaches(T x, float most_scale) {
-  // Both sides always: a branch, or bits to keep either in, would cost more.
-  return (Abs(x * static_cast<T>(most_scale)) <= Precision<T>::kMost) & (Abs(x) <= Precision<T>::kMost);
+  return Abs(x * static_cast<T>(most_scale)) <= Precision<T>::kMost && Abs(x) <= Precision<T>::kMost;
 }
 
 // Where a point lies along one axis of a level.
@@ -40,28 +39,14 @@ struct Place {
   T fraction;
 };
 
-// ⌊position⌋ as int32, saturating; 0 or anything else where the position is NaN.
-template <class T>
-KNN_FN int32_t CellOf(T position, T floor) {
-#ifdef __CUDA_ARCH__
-  if constexpr (sizeof(T) == 4) {
-    return __float2int_rd(position);  // which saturates
-  } else {
-    return __double2int_rd(position);
-  }
-#else
-  constexpr T kEnd = static_cast<T>(0x1p31);
-  return floor >= kEnd ? INT32_MAX : floor < -kEnd ? INT32_MIN : static_cast<int32_t>(floor);
-#endif
-}
-
 // The fraction is taken from x anew, since the position has lost digits of it.
 template <class T>
 KNN_FN Place<T> PlaceOf(T x, T scale) {
-  constexpr T kWhole = static_cast<T>(sizeof(T) == 4 ? 0x1p23 : 0x1p52);
+  constexpr T kEnd = static_cast<T>(0x1p31), kWhole = static_cast<T>(sizeof(T) == 4 ? 0x1p23 : 0x1p52);
   const T position = FusedFma(scale, x, T(0.5)), floor = Floor(position);
-  const bool whole = Abs(position) >= kWhole;  // as all floats from there on
-  return {static_cast<uint32_t>(CellOf(position, floor)), whole ? T(0) : FusedFma(x, scale, T(0.5) - floor)};
+  const int32_t cell = floor >= kEnd ? INT32_MAX : floor < -kEnd ? INT32_MIN : static_cast<int32_t>(floor);
+  const bool whole = position >= kWhole || position <= -kWhole;  // as all floats from there on
+  return {static_cast<uint32_t>(cell), whole ? T(0) : FusedFma(x, scale, T(0.5) - floor)};
 }
 
 // Of a cell's corners, bits say on which sides they are, from axis kFirst on: kernels that give either side of axis 0
