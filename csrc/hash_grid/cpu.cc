@@ -20,6 +20,10 @@
 #include "common/simd.h"
 #include "hash_grid/formulas.h"
 
+// Of functions that do much in a call: GCC would copy them to each of their callers, in three times the time to
+// compile.
+#define KNN_CALLED __attribute__((noinline))
+
 namespace knn::KNN_ISA {
 namespace {
 
@@ -78,7 +82,7 @@ struct Grid {
     alignas(kLine) T fraction[D][kChunk];
     alignas(kLine) uint32_t cell[D][kChunk], row[kCorners][kChunk];
 
-    void Find(const Chunk& of, const Level& from) {
+    KNN_CALLED void Find(const Chunk& of, const Level& from) {
       chunk = &of;
       const Level level = from;  // which writing rows does not change
       for (int d = 0; d < D; ++d) {
@@ -155,7 +159,7 @@ struct Grid {
     }
   }
 
-  static void ReadCorners(const Args& args, const Places& places, const S* rows, T (*to)[kChunk]) {
+  KNN_CALLED static void ReadCorners(const Args& args, const Places& places, const S* rows, T (*to)[kChunk]) {
     const Stored stored = args.stored;
     WithFeatures(args, [&](auto features) {
       constexpr int F = features;
@@ -168,7 +172,8 @@ struct Grid {
     });
   }
 
-  static void ReadCotangents(const Args& args, int64_t entry, int l, const Chunk& chunk, Numbers<kMostFeatures>* to) {
+  KNN_CALLED static void ReadCotangents(const Args& args, int64_t entry, int l, const Chunk& chunk,
+                                        Numbers<kMostFeatures>* to) {
     const Stored stored = args.stored;
     const int64_t outputs = int64_t{args.levels} * args.features;
     const T m = At(args.weights, args.batch, entry)[l];
@@ -410,7 +415,7 @@ struct Grid {
     }
   }
 
-  static void AddParts(const Args& args, const Places& places, const Work& work, double* sums) {
+  KNN_CALLED static void AddParts(const Args& args, const Places& places, const Work& work, double* sums) {
     const Chunk& chunk = *places.chunk;
     WithFeatures(args, [&](auto features) {
       constexpr int F = features;

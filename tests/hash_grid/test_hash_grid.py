@@ -110,7 +110,8 @@ def test_oracle(name, rng):
     grid, N, h = GRIDS[name], 6, 1e-5
     d = problem(rng, grid, N)
     x, v, p, e = (np.asarray(a) for a in (d["x"], d["v"], rng.normal(size=d["x"].shape), rng.normal(size=d["x"].shape)))
-    x = x[[not oracle.by_a_border(grid, row[None], 2.0**40)[0] for row in x]]
+    position = x[..., None] * oracle.scales(grid).astype(float) + 0.5
+    x = x[(abs(position - position.round()) > 1e-3).all((1, 2))]
     v, p, e = v[: len(x)], p[: len(x)], e[: len(x)]
     at, after, before = (oracle.Oracle(grid, x + step * e) for step in (0, h, -h))
     assert np.array_equal(after.cell, before.cell)
