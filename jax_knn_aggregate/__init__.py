@@ -25,12 +25,13 @@ from .ops.knn import (
     knn_search_aniso,
 )
 from .ops.mlp import LeakyReLU, Sine, Softplus, Squareplus, mlp
-from .ops.splat import Rendering, render_gaussians
+from .ops.splat import Gaussians, Rendering, load_gaussians, render_gaussians, save_gaussians
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FFI_TARGETS",
+    "Gaussians",
     "HashGrid",
     "KnnAggregate",
     "KnnIndex",
@@ -55,7 +56,9 @@ __all__ = [
     "knn_aggregate_precomputed",
     "knn_search",
     "knn_search_aniso",
+    "load_gaussians",
     "mlp",
     "render_gaussians",
+    "save_gaussians",
     "tcnn",
 ]
