@@ -322,10 +322,10 @@ struct Stage {
   uint8_t warps[kEntries];  // a bit for each warp in whose pixels it may count
 };
 
-// As entry i. More than four channels come after it.
+// As entry i, with channels from `first` on; if more than four are taken, they come after it.
 template <class T, class N, int kEntries, int kC>
-__device__ __forceinline__ void StageEntry(const Splat<T>& args, int64_t b, const Walk<T>& walk, Member member, int i,
-                                           Stage<N, kEntries, kC>& stage) {
+__device__ __forceinline__ void StageEntry(const Splat<T>& args, int64_t b, const Walk<T>& walk, Member member,
+                                           int first, int i, Stage<N, kEntries, kC>& stage) {
   stage.warps[i] = 0;
   if (member.owner < 0) return;
   const Row<N, T> means(args.means, args.batch, b), conics(args.conics, args.batch, b);
@@ -338,7 +338,7 @@ __device__ __forceinline__ void StageEntry(const Splat<T>& args, int64_t b, cons
   if constexpr (kC <= 4) {
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
-      if (c < args.channel_count) few[c] = channels[at * args.channel_count + c];
+      if (first + c < args.channel_count) few[c] = channels[at * args.channel_count + first + c];
     }
   }
   const T mean[2] = {ValueOf(flat.x), ValueOf(flat.y)};
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<N, kC>) Forward(const
     for (int32_t base = 0; base < walk.count; base += kEntries) {
       if (__syncthreads_count(enough < never) == 0) break;
       if (threadIdx.x < kEntries) {
-        StageEntry(args, b, walk, next, threadIdx.x, stage);
+        StageEntry(args, b, walk, next, first, threadIdx.x, stage);
         next = walk[int64_t{base} + kEntries + threadIdx.x];
       }
       __syncthreads();
@@ -787,7 +787,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<N, kC>)
       if (n < batches && turn(n) < kEntries) next = walk[base(n) + turn(n)];
     };
     const auto stage_entries = [&](int n) {
-      if (n < batches && turn(n) < kEntries) StageEntry(args, b, walk, next, turn(n), shared.stage[n % 3]);
+      if (n < batches && turn(n) < kEntries) StageEntry(args, b, walk, next, first, turn(n), shared.stage[n % 3]);
     };
 #pragma unroll
     for (int n = 0; n < B::kAhead; ++n) {
