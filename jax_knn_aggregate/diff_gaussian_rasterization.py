@@ -8,18 +8,23 @@ that, in the settings' arrays as well, where some of the original's are not; doc
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .core import checks
 from .core.checks import Array, Implementation
+from .core.snapshots import Saved, saving
 from .ops.splat import harmonics, projection, render_gaussians
 
-__all__ = ["GaussianRasterizationSettings", "GaussianRasterizer", "rasterize_gaussians"]
+__all__ = ["GaussianRasterizationSettings", "GaussianRasterizer", "load_snapshot", "rasterize_gaussians"]
 
 _NEAR = 0.2
+_OF_SETTINGS = "raster_settings."
+_OPTIONAL = ("means2D", "sh", "colors_precomp", "scales", "rotations", "cov3Ds_precomp")
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +41,8 @@ class GaussianRasterizationSettings:
       projmatrix: (4, 4), the transpose of world to clip space, which pixel positions are made with.
       sh_degree: 0 to 3, static.
       campos: (3,), the camera's place, from which directions for spherical harmonics are taken.
-      prefiltered, debug: static. The first changes nothing. The second must be False.
+      prefiltered, debug: static. The first changes nothing. With the second, arguments are saved where something fails,
+        see ``load_snapshot``.
       antialiasing: whether opacities make up for what is added to covariances on the screen, static.
     """
 
@@ -53,6 +59,9 @@ class GaussianRasterizationSettings:
     prefiltered: bool = dataclasses.field(metadata={"static": True})
     debug: bool = dataclasses.field(metadata={"static": True})
     antialiasing: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+_STATIC = [f.name for f in dataclasses.fields(GaussianRasterizationSettings) if f.metadata.get("static")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,18 +137,14 @@ def rasterize_gaussians(
       color (3, height, width), and radii (P,) int32, as of ``render_gaussians``.
 
     Raises:
-      ValueError: for arguments that are missing or given twice, shapes, and ``debug``. TypeError: for dtypes.
+      ValueError: for arguments that are missing or given twice, and shapes; with ``debug`` under vmap, shard_map,
+        forward mode and in second order. TypeError: for dtypes.
     """
     s = raster_settings
     if (sh is None) == (colors_precomp is None):
         raise ValueError("Please provide exactly one of either SHs or precomputed colors!")
     if [a is None for a in (scales, rotations)] != [cov3Ds_precomp is not None] * 2:
         raise ValueError("Please provide exactly one of either scale/rotation pair or precomputed 3D covariance!")
-    if s.debug:
-        raise ValueError(
-            "debug is True, expected False: arguments are not saved where something fails. "
-            "jax.config.update('jax_debug_nans', True) stops where something is not finite."
-        )
     given = _arrays(
         means3D=means3D,
         means2D=means2D,
@@ -160,6 +165,14 @@ def rasterize_gaussians(
     for name, a in camera.items():
         if a.shape != expected.get(name, ()):
             raise ValueError(f"{name} of the settings has shape {a.shape}, expected {expected.get(name, ())}.")
+    if s.debug:
+        arrays = given | {_OF_SETTINGS + name: a for name, a in camera.items()}
+        static = tuple((name, getattr(s, name)) for name in _STATIC)
+        call = _Call(tuple(arrays), static, capacity, implementation)
+        files = "snapshot_fw.npz", "snapshot_bw.npz"
+        saved = tuple((_OF_SETTINGS + name, value) for name, value in static)
+        color, radii = saving(Saved(call, tuple(arrays), *files, saved), *arrays.values())
+        return color, radii
 
     W, H = s.image_width, s.image_height
     size = jnp.array([W, H], dtype)
@@ -186,6 +199,44 @@ def rasterize_gaussians(
         implementation=implementation,
     )
     return color.transpose(2, 0, 1), radii
+
+
+def load_snapshot(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was saved because something failed: arguments of ``rasterize_gaussians`` by name, to be called again.
+
+    With ``debug`` in the settings, arguments are written to ``snapshot_fw.npz`` in the working directory before an
+    image is drawn, and to ``snapshot_bw.npz`` before gradients are, and removed afterwards. They stay, and an error
+    names the file, where results are not finite although arguments are; and they stay where a kernel fails. That of
+    gradients has the image's cotangent (3, height, width) too, as "cotangent".
+    """
+    with np.load(path) as saved:
+        values = dict(saved)
+    arrays = {name: jnp.asarray(a) for name, a in values.items() if not name.startswith(_OF_SETTINGS)}
+    settings: dict[str, Any] = {
+        name: values[_OF_SETTINGS + name].item() if name in _STATIC else jnp.asarray(values[_OF_SETTINGS + name])
+        for name in (field.name for field in dataclasses.fields(GaussianRasterizationSettings))
+    }
+    missing: dict[str, Any] = dict.fromkeys(_OPTIONAL)
+    return missing | arrays | {"raster_settings": GaussianRasterizationSettings(**settings)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """``rasterize_gaussians`` as a function of arrays that are named."""
+
+    names: tuple[str, ...]
+    static: tuple[tuple[str, Any], ...]
+    capacity: int | None
+    implementation: Implementation
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        given: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
+        camera: dict[str, Any] = {
+            name.removeprefix(_OF_SETTINGS): given.pop(name) for name in self.names if name.startswith(_OF_SETTINGS)
+        }
+        settings = GaussianRasterizationSettings(**camera, **dict(self.static) | {"debug": False})
+        given = dict.fromkeys(_OPTIONAL) | given | {"raster_settings": settings}
+        return rasterize_gaussians(**given, capacity=self.capacity, implementation=self.implementation)
 
 
 def _arrays(**given: Any) -> dict[str, jax.Array]:

@@ -14,6 +14,7 @@ from jax_knn_aggregate import render_gaussians
 from jax_knn_aggregate.diff_gaussian_rasterization import (
     GaussianRasterizationSettings,
     GaussianRasterizer,
+    load_snapshot,
     rasterize_gaussians,
 )
 
@@ -163,10 +164,10 @@ def test_gradients(problem, rng):
         v = rng.normal(size=at.shape)
         if at.shape == (4, 4):
             v[:, 3] = 0  # stays what it is: the image does not see it, or through w alone
-        h = 1e-6
+        h = 1e-8  # small: where a pixel gains or loses a Gaussian in between, the image jumps
         there, back = (value(dataclasses.replace(s, **{name: jnp.asarray(at + e * v)}), g) for e in (h, -h))
         numeric = (there - back) / (2 * h)
-        np.testing.assert_allclose((np.asarray(getattr(of_s, name)) * v).sum(), numeric, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose((np.asarray(getattr(of_s, name)) * v).sum(), numeric, rtol=2e-5, atol=1e-3)
     assert of_s.image_height == H  # static
 
     known = splat_scenes.tree(as_known(g, s))
@@ -223,9 +224,30 @@ def test_errors(problem):
         r(**g | {"scales": g["scales"][:, :2]})
     with pytest.raises(TypeError, match="opacities has dtype float32, expected float64"):
         r(**g | {"opacities": g["opacities"].astype(jnp.float32)})
-    with pytest.raises(ValueError, match="debug is True"):
-        GaussianRasterizer(dataclasses.replace(s, debug=True))(**g)
     with pytest.raises(ValueError, match="sh_degree is 3"):
         GaussianRasterizer(dataclasses.replace(s, sh_degree=3))(**g)
     with pytest.raises(ValueError, match=r"bg of the settings has shape \(4,\), expected \(3,\)"):
         GaussianRasterizer(dataclasses.replace(s, bg=jnp.zeros(4)))(**g)
+
+
+def test_snapshots(problem, tmp_path, monkeypatch):
+    """The same image and gradients; and what is kept where these are not finite draws the image again."""
+    monkeypatch.chdir(tmp_path)
+    g, s = problem
+    debug = dataclasses.replace(s, debug=True)
+
+    def loss(g, s, size):
+        return (size * GaussianRasterizer(s)(**g)[0]).sum()
+
+    step = jax.jit(jax.value_and_grad(loss, allow_int=True))
+    (value, bars), (want, want_bars) = (step(g, each, 1.0) for each in (debug, s))
+    helpers.assert_trees_close((value, bars), (want, want_bars), 1e-12)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(Exception, match=r"snapshot_bw\.npz"):
+        jax.block_until_ready(step(g, debug, 1e308))
+    kept = load_snapshot(tmp_path / "snapshot_bw.npz")
+    assert (np.asarray(kept.pop("cotangent")) == 1e308).all()
+    assert kept["raster_settings"].debug and kept["raster_settings"].sh_degree == s.sh_degree
+    image, radii = rasterize_gaussians(**kept)
+    helpers.assert_trees_close(image, GaussianRasterizer(s)(**g)[0], 1e-12)
+    assert radii.dtype == jnp.int32
