@@ -207,7 +207,10 @@ def load_snapshot(path: str | os.PathLike[str]) -> dict[str, Any]:
     With ``debug`` in the settings, arguments are written to ``snapshot_fw.npz`` in the working directory before an
     image is drawn, and to ``snapshot_bw.npz`` before gradients are, and removed afterwards. They stay, and an error
     names the file, where results are not finite although arguments are; and they stay where a kernel fails. That of
-    gradients has the image's cotangent (3, height, width) too, as "cotangent".
+    gradients has the image's cotangent (3, height, width) too, as "cotangent", which is to be taken out before.
+
+    Raises:
+      OSError: where the file cannot be read. KeyError: where it is no such snapshot.
     """
     with np.load(path) as saved:
         values = dict(saved)
